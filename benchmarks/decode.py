@@ -53,20 +53,20 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Options:
-    """Compare ways to decode."""
+    """Compare DALI's decoding operators."""
 
     loads: tuple[float, ...] = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
     """Fractions of the images for the hardware decoder."""
     operators: tuple[str, ...] = OPERATORS
-    """Decoding operators."""
+    """Decoding operators to compare."""
     batch: int = 256
     """Images per batch."""
     rounds: int = 5
-    """Interleaved rounds."""
+    """Number of interleaved rounds."""
     batches: int = 8
-    """Batches per operator and round."""
+    """Number of batches per operator and round."""
     count: int = 500
-    """Photos to generate."""
+    """Number of photos to generate."""
     data: Path | None = None
     """Folder for photos/, which are generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None

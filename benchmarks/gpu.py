@@ -77,7 +77,7 @@ def main() -> int:
         return BAD_INPUT
     results = Results(options.work, options.out, device_of(machine()), digest_of_sources())
     runner = Runner(results, machine, start=START, seconds=options.seconds, on_cpu=options.cpu)
-    sys.path.append(str(runner.site))  # so that `machine` finds the versions of the kit's packages
+    sys.path.append(str(runner.site))  # `machine` reads the versions of the kit's packages
     chosen = selection(parts(), options.profiles, options.only, runner)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, runner.stop)

@@ -90,19 +90,19 @@ class Options:
     """Measure how much the interpreter lock slows the loader down."""
 
     rounds: int = 5
-    """Interleaved rounds."""
+    """Number of interleaved rounds."""
     seconds: float = 3.0
     """Seconds per measurement."""
     batch: int = 256
     """Images per batch; a quarter of it for `pixels`."""
     works: tuple[Work, ...] = ("feed", "host", "pixels")
-    """Work of the loader."""
+    """Kinds of work of the loader to measure."""
     feeds: tuple[Feed, ...] = ("threads", "process")
     """Read and prepare batches in threads of this process, or in a feed process."""
     intervals: tuple[float, ...] = (5e-3, 5e-4)
     """Switch intervals (sys.setswitchinterval) in seconds; Python's default is 5e-3."""
     count: int = 3000
-    """Photos to generate."""
+    """Number of photos to generate."""
     data: Path | None = None
     """Folder for photos/ and photos-shards/, generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None

@@ -65,7 +65,7 @@ class Comparison:
     mean: float
     """Mean absolute difference in pixel levels of 0..255."""
     max: int
-    """Maximum absolute difference."""
+    """Maximum absolute difference in pixel levels of 0..255."""
     differing: float
     """Fraction of the values that differ."""
     rates: dict[str, float]

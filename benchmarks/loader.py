@@ -56,11 +56,11 @@ class Options:
     """Compare loaders."""
 
     rounds: int = 7
-    """Interleaved rounds."""
+    """Number of interleaved rounds."""
     images: int = 1024
     """Images per loader and round."""
     count: int = 2000
-    """Photos to generate."""
+    """Number of photos to generate."""
     data: Path | None = None
     """Folder for photos/ and photos-shards/, generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None

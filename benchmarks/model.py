@@ -144,7 +144,7 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[
                 failed[way] = reason(error)
                 del steps[way]
                 times.pop(way, None)
-            if way in failed:  # not in the except block, where the exception refers to the tensors
+            if way in failed:  # free memory here: in the except block, the exception refers to the tensors
                 free()
             elif round_number >= 0:
                 times.setdefault(way, []).append(time.perf_counter() - start)

@@ -105,7 +105,7 @@ def measure(name: str, way: str, world: World, options: argparse.Namespace) -> R
             row |= timed(name, way, how, world, options) | ({"compiled": how} if how else {})
         except Exception as error:
             failure = reason(error)
-        free()  # not in the except block, where the exception refers to the model
+        free()  # must not be in the except block, where the exception refers to the model
         if not failure:
             return row
         if how in (WHOLE, BREAKS):

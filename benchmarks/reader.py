@@ -52,12 +52,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the reader."""
+    """Measure the throughput of the sample reader."""
 
     rounds: int = 7
-    """Interleaved rounds."""
+    """Number of interleaved rounds."""
     count: int = 2000
-    """Photos to generate."""
+    """Number of photos to generate."""
     data: Path | None = None
     """Folder for photos/ and photos-shards/, generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None

@@ -56,11 +56,11 @@ class Options:
     """Compare sharding tools."""
 
     rounds: int = 7
-    """Interleaved rounds."""
+    """Number of interleaved rounds."""
     count: int = 4000
-    """Photos to generate."""
+    """Number of photos to generate."""
     processes: int = 2
-    """Worker processes of each tool."""
+    """Number of worker processes of each tool."""
     work: Path = Path("/dev/shm")
     """Folder for sources and results; a temporary subfolder is created and removed."""
     out: Path | None = None

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in training
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the setting of `launch.engine`
     setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "dtype")}
     setting |= {"machine": machine(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
@@ -125,7 +125,7 @@ def run(
         except Exception as error:
             steps.pop(way, None)
             rows[way]["failed"] = reason(error)
-        if way not in steps:  # not in the except block, where the exception refers to the model
+        if way not in steps:  # must not be in the except block, where the exception refers to the model
             free()
     times, failed = interleave(steps, options.rounds)
     for way, why in failed.items():

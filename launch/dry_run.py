@@ -34,7 +34,7 @@ def show_run(recipe: Recipe, world: World) -> None:
     def warn_of_memory(feed: Feed) -> None:
         try:
             check_batches_fit(feed)
-        except UserError as error:  # only warn: the run may be meant for another machine
+        except UserError as error:  # the run may be meant for another machine, so this is only a warning
             if world.is_main:
                 print(printable(f"warning: too large for this machine: {error}"))
 

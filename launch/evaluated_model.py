@@ -28,7 +28,7 @@ class EvaluatedModel:
 
     model: fat.FAT
     source: Path
-    """Weights file or checkpoint."""
+    """Path of the weights file or checkpoint."""
     classes: fat.ClassList | None
     """Classes of the outputs; None: unknown."""
     size: int

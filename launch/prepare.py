@@ -28,7 +28,7 @@ class PreparedRun:
     feed: Feed
     """Data of the run. Its recipe has inherited performance options from an earlier start (`inherit_options`)."""
     model: fat.FAT
-    """Initialized, on the CPU."""
+    """Initialized model, on the CPU."""
     execution: Execution
     resumes: bool
     """Whether the run folder has checkpoints from which this start resumes."""

@@ -20,7 +20,7 @@ class Report:
     """Plot loss, accuracy and learning rate of a run."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder."""
+    """Run folder whose metrics are plotted."""
     out: Annotated[Path | None, default("RUN/curves.png")] = None
     """Figure to write: .png, .pdf or .svg."""
 

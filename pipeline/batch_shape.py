@@ -28,7 +28,7 @@ class BatchShape:
     world: int = 1
     """World size: the number of ranks."""
     rank: int = 0
-    """This rank, 0 to `world` - 1."""
+    """Number of this rank, 0 to `world` - 1."""
     micro_batch: int | None = None
     """Rows per forward pass of a rank. None: all rows of the rank."""
     pairs: bool = False

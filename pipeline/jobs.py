@@ -41,7 +41,7 @@ class BatchRequest:
     ids: Ids
     """int64 [n]: sample ids of the plan."""
     position: Position
-    """See `Batch.position`."""
+    """Position in the plan, see `Batch.position`."""
     micro: int = 0
     """Number of the micro-batch within the rank's step, from 0."""
 
@@ -137,7 +137,7 @@ class EvalJobs(Jobs):
 
     plan: EvalPlan
     shard_samples: NDArray[np.int64]
-    """int64 [shards] of the split."""
+    """Number of samples of each shard of the split, int64 [shards]."""
     size: int
     crop_pct: float
 
@@ -237,7 +237,7 @@ def eval_windows(
     resize, anchor = eval_geometry(heights, widths, size, crop_pct)
     scale = sides / resize
     start, extent = anchor * scale, size * scale
-    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # one more pixel, because bounds are rounded
+    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # plus 1, because bounds are rounded
     extreme = sides > MAX_ASPECT * sides.min(axis=1, keepdims=True)
     low = np.where(extreme, np.floor(start - reach).clip(0), 0)
     high = np.where(extreme, np.minimum(np.ceil(start + extent + reach), sides), sides)

@@ -38,7 +38,7 @@ class Position(NamedTuple):
     """A global batch, named by its epoch and its step within that epoch. Positions compare in training order."""
 
     epoch: int
-    """From 0."""
+    """Epoch, counted from 0."""
     step: int
     """Global batches of this epoch that come before it, from 0."""
 

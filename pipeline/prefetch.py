@@ -68,7 +68,7 @@ class Prefetcher(Generic[T]):
             for item in self._source:
                 if not self._put((False, item)):
                     return
-        except BaseException as error:  # of any type: the consumer raises it
+        except BaseException as error:  # the consumer raises errors of every type
             end = error
         finally:
             close = getattr(self._source, "close", None)

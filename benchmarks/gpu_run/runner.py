@@ -63,7 +63,7 @@ class Runner:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH", "")])),
             "PYTHONUNBUFFERED": "1",  # keeps the output of a part that is killed
             "PYTHONDONTWRITEBYTECODE": "",  # write bytecode, so that later parts import the kit faster
-            "DS_IGNORE_CUDA_DETECTION": "1",  # otherwise DeepSpeed searches for nvcc
+            "DS_IGNORE_CUDA_DETECTION": "1",  # DeepSpeed must not search for nvcc
         } | ({"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"} if on_cpu else {})
 
     def run(self, chosen: list[Part]) -> set[str]:
@@ -71,7 +71,7 @@ class Runner:
         states: set[str] = set()
         with kill_on_exit(self.mark):
             for group in groups(chosen):
-                with ThreadPoolExecutor(len(group)) as pool:  # one thread per part, because parts may wait for others
+                with ThreadPoolExecutor(len(group)) as pool:  # threads, because parts may wait for others
                     futures: dict[str, Future[str]] = {}
                     for part in group:
                         before = [futures[name] for name in part.after if name in futures]
@@ -144,7 +144,7 @@ class Runner:
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
         for path in map(self.made, part.makes):
-            if self.results.work in path.parents:  # never delete a Triton cache of the user
+            if self.results.work in path.parents:  # a Triton cache of the user must not be deleted
                 shutil.rmtree(path, ignore_errors=True)
         places = {"out": out, "run": run, "parts": stem.parent, "site": self.site, "caches": self.cache.parent}
         values = places | {"data": self.data, "photos": FEW_PHOTOS if self.on_cpu else PHOTOS}

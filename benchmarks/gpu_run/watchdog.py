@@ -63,7 +63,7 @@ def kill_on_exit(mark: str) -> Iterator[None]:
     """Kill all processes with this mark when the block ends, or when this process is killed inside it."""
     command = [sys.executable, os.path.abspath(__file__), mark]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):
-        yield  # on exit, Popen closes the pipe and waits for the watchdog
+        yield  # Popen.__exit__ then closes the pipe and waits for the watchdog
 
 
 if __name__ == "__main__":

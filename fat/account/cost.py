@@ -17,7 +17,7 @@ BATCH = 2  # a single 32x32 image would leave BatchNorm one value per channel, o
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image at one size."""
+    """Cost of a forward pass of one image at one image size."""
 
     parameters: int
     """Number of trainable parameters."""
@@ -34,7 +34,7 @@ class Cost:
 
     @property
     def macs(self) -> int:
-        """All multiply-accumulates."""
+        """Total multiply-accumulates."""
         return self.conv_macs + self.attention_macs
 
     @property

@@ -41,7 +41,7 @@ SECOND_READ = {
     aten.native_layer_norm_backward.default: 1,
     aten.native_group_norm.default: 1,
     aten.native_group_norm_backward.default: 1,
-    aten.convolution_backward.default: 1,  # one kernel for the input gradient, one for the weight gradient
+    aten.convolution_backward.default: 1,  # read by the kernels of the input gradient and of the weight gradient
     # FAT's kernels (docs/kernels.md).
     torch.ops.fat.norm.default: 1,
     torch.ops.fat.add_norm.default: 1,

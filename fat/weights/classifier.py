@@ -48,8 +48,8 @@ def match_classifier(
         if not rows:
             return dict(found), ""  # strict loading reports it together with all other missing tensors
         raise ValueError(
-            f"the weights have {rows} classes, the model has {outputs}; create the model with num_classes={rows}, or "
-            "initialise a new classifier with replace_head=True"
+            f"the weights have {rows} classes, but the model has {outputs}; create the model with num_classes={rows}, "
+            "or initialise a new classifier with replace_head=True"
         )
     body = {name: t for name, t in found.items() if not name.startswith(HEAD)}
     return body | {f"{HEAD}{name}": t for name, t in model.head.state_dict().items()}, note

@@ -30,7 +30,7 @@ _TRAINED = frozenset(
         "model_state_dict", "weights", "params", "online_model", "_forward_module",
     }
 )  # fmt: skip
-_MAX_MODELS = 64  # per state dict; limits the time for a malicious file
+_MAX_MODELS = 64  # maximum models per state dict, limits the time for a malicious file
 _COUNTER = "num_batches_tracked"  # BatchNorm's batch counter; moving averages often lack it
 
 

@@ -43,7 +43,7 @@ def save_weights(
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # so that the rename survives a power failure
+            os.fsync(folder)  # the rename must survive a power failure
         finally:
             os.close(folder)
     finally:

@@ -55,11 +55,11 @@ class Figures:
     decoding: float
     """Images per second of reading and decoding without augmentation."""
     loader: Phase
-    """The whole loader alone."""
+    """Measurements of the complete loader, without training."""
     model: Phase
-    """The training step alone, on batches that are already on the device."""
+    """Measurements of the training step alone, on batches that are already on the device."""
     both: Phase
-    """Training: loader and training step together."""
+    """Measurements of training, that is, of loader and training step together."""
     predicted: float
     """Images per second of both together, predicted from loader alone and model alone."""
     roofline: Roofline

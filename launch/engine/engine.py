@@ -87,7 +87,7 @@ class Engine:
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
-        self._wrapped.eval()  # so that the first `_set_training_mode` also sets the mode of frozen layers
+        self._wrapped.eval()  # then the first `_set_training_mode` also sets the mode of frozen layers
         self._staging: dict[str, Tensor] = {}
         self._state = OptimizerState(
             self.zero, self.model, self._optimizer, world, moments=spec.moments, decay=optim.ema

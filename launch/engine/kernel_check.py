@@ -132,7 +132,7 @@ def check_kernels(
     if world.local_rank == 0:
         result = _check_on_this_node(cases, work, world)
     elif work:
-        compile_kernels((), show_progress=False)  # only loads kernels that local rank 0 has compiled
+        compile_kernels((), show_progress=False)  # loads the kernels that local rank 0 has compiled
     nodes = [result for result in world.gather(result) if result is not None]
     failed: dict[str, Failure] = {}
     for failure in (failure for node in nodes for failure in node.failed):

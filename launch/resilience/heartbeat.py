@@ -145,7 +145,7 @@ class Heartbeat:
         """Write the requested stack traces, once. On the requesting rank the watchdog has already written them."""
         if self._answered:
             return
-        self._answered = True  # also if the stack traces cannot be written
+        self._answered = True  # set even if the stack traces cannot be written
         self._reaches_rank0 = None if self._world.rank0 is None else is_reachable(self._world.rank0)
         if not self._requests_stacks:
             self._dump()
@@ -163,7 +163,7 @@ class Heartbeat:
             reaches_rank0=self._reaches_rank0,
             ended=last,
         )
-        self._temporary.write_text(json.dumps(asdict(beat)))  # no fsync: the next heartbeat follows within seconds
+        self._temporary.write_text(json.dumps(asdict(beat)))  # fsync is unnecessary: the next heartbeat follows soon
         self._temporary.replace(self.folder / f"rank-{self._world.rank}")
 
 

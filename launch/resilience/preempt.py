@@ -111,7 +111,7 @@ class Preemption:
     def _local_request(self) -> Request:
         """Return what this rank has been requested to do since the last call."""
         save, self._save = self._save, False
-        if self._world.is_main:  # it is sufficient that one rank checks the files and the clock
+        if self._world.is_main:  # only rank 0 checks the files and the clock
             save |= self._consume("SAVE")
             if self._consume("PREEMPT"):
                 self._stop = True

@@ -217,7 +217,7 @@ def finishes(task: Callable[[], None], seconds: float) -> bool:
     thread = threading.Thread(target=task, name="watchdog-task", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # no thread can be started; if the task hangs, the timer in C ends the process
+    except RuntimeError:  # if no thread can be started and the task hangs, the timer in C ends the process
         task()
         return True
     thread.join(seconds)

@@ -186,7 +186,7 @@ class CheckpointFolder:
             sync_folder(self.folder.parent)
 
     def newest_step(self) -> int | None:
-        """Return the step of the newest checkpoint, even if it is damaged; None without a checkpoint or on read errors."""
+        """Return the step of the newest checkpoint, even if it is damaged; None if none can be listed."""
         try:
             return max((entry.step for entry in self._entries()), default=None)
         except UserError:
@@ -230,7 +230,7 @@ class CheckpointFolder:
             except DamagedCheckpoint:
                 continue
             except UserError:
-                unreadable.append(entry)  # this may be the best checkpoint
+                unreadable.append(entry)  # keep it, because it may be the best checkpoint
                 continue
             if entry.path not in self._damaged:
                 complete.append(entry)

@@ -31,7 +31,7 @@ class BackgroundWriter:
         self.failures = 0
         """Number of consecutive failed saves, up to the last save."""
         self.saved: Progress | None = None
-        """Progress in the last checkpoint that was written; None: none yet."""
+        """Progress in the last checkpoint that was written; None: no checkpoint has been written yet."""
         self.reason = ""
         """Error message of the last failed save."""
 

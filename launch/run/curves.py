@@ -48,7 +48,7 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
     train = [line for line in lines if line["kind"] == "train"]
     evals = {weights: [line for line in lines if line["kind"] == kind] for weights, kind in EVALUATION_KINDS.items()}
     evals = {weights: found for weights, found in evals.items() if found}
-    panels = 3 if evals else 2  # without a validation split there are no accuracies to plot
+    panels = 3 if evals else 2  # a run without a validation split has no accuracies to plot
     figure, (loss, rate, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 3.6), constrained_layout=True)
     loss.plot(
         [t["step"] for t in train],

@@ -214,7 +214,7 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
     if images.is_cuda:  # two kernels that also convert, because memory traffic limits a GPU
         result = torch.empty_like(rows, dtype=dtype)
         torch.add(torch.mul(rows, scale), offset, out=result)
-    else:  # on a CPU, mixed-type arithmetic is ten times slower than conversion and in-place arithmetic
+    else:  # mixed-type arithmetic on a CPU is ten times slower than conversion and in-place arithmetic
         result = rows.to(torch.float32).mul_(scale).add_(offset).to(dtype)
     return result.view(batch, height, width, 3).permute(0, 3, 1, 2)
 

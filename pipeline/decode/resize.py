@@ -86,7 +86,8 @@ class Resizer:
     def _resize_region(self, window: Pixels, region: Floats) -> Pixels:
         """Resize a region with fractional borders with Pillow."""
         y, x, height, width = region.tolist()
-        box = (x, y, min(x + width, window.shape[1]), min(y + height, window.shape[0]))  # despite rounding errors
+        # Rounding errors may move the region's border outside the window.
+        box = (x, y, min(x + width, window.shape[1]), min(y + height, window.shape[0]))
         image = Image.fromarray(window).resize((self._size, self._size), Image.Resampling.BICUBIC, box)
         return np.asarray(image)
 

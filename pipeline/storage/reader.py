@@ -47,7 +47,7 @@ class Encoded:
     """The encoded images of one batch."""
 
     ids: Ids
-    """int64 [n]."""
+    """Sample ids, int64 [n]."""
     images: list[NDArray[np.uint8]]
     """n arrays of uint8 [bytes], views into one buffer: JPEGs, or pixels if `raw`."""
     rows: NDArray[np.void]

@@ -80,7 +80,7 @@ def write_digits(out: Path) -> Counter[str]:
 
     _check_out(out)
     digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # from levels 0..16 to 0..255
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scale levels 0 to 16 to 0 to 255
     in_val = _stratified(digits.target, DIGITS_IN_VAL)
     written: Counter[str] = Counter()
     with explain_os_errors(out, _REMEDY):
@@ -167,7 +167,7 @@ def _draw_crop(available: tuple[int, int], draw: random.Random) -> _Crop:
     (size,) = draw.choices(sizes, weights)
     zoom, limit = draw.uniform(*PHOTO_ZOOM), min(available[0] / size[0], available[1] / size[1])
     if zoom > limit:
-        zoom = limit * draw.uniform(0.8, 1.0)  # at the limit itself, all crops would have the same window
+        zoom = limit * draw.uniform(0.8, 1.0)  # at the maximum zoom, all crops would have the same window
     width, height = int(size[0] * zoom), int(size[1] * zoom)
     left, top = draw.randint(0, available[0] - width), draw.randint(0, available[1] - height)
     return _Crop((left, top, width, height), size)

@@ -189,7 +189,7 @@ def _check_outside(out: Path, source: Path) -> None:
 @cached_folder_listings()
 def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     key = json.dumps([tool_version(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
-    spool = work.begin_scan(key)  # before listing: its time is compared with the folders' times on resume
+    spool = work.begin_scan(key)  # created before listing, as a reference for the folders' times
     layout = detect_layout(source.absolute())
     if (options.scan.layout or layout) == "folder":
         _check_outside(work.out, source.absolute())

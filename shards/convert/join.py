@@ -100,7 +100,7 @@ def join(
     record_source(work.out, plan.source)
     publish_manifest(work, manifest)
     rewritten = sum(shard.rewritten for shard in done.values())
-    if rewritten:  # not recorded in the manifest, because a set with the same bytes must have the same manifest
+    if rewritten:  # print only: a set with the same bytes must have the same manifest
         fact = f"{rewritten:,} files were modified after they were listed, without a change of size"
         print_notes([f"{fact}; the set contains their content at the time of reading"])
     work.remove()

@@ -61,7 +61,7 @@ def open_with_status(path: Path | bytes, flags: int = os.O_RDONLY) -> tuple[int,
     try:
         handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     except OSError as error:
-        with contextlib.suppress(OSError):  # so that the first error is reported
+        with contextlib.suppress(OSError):  # the first error is reported
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode):
                 raise NotRegular(path, kind(mode)) from error

@@ -14,7 +14,7 @@ from shards.errors import UserError
 from shards.files.private_folder import create_private_folder
 from shards.redact import printable
 
-_VARIABLES = ("TMPDIR", "TEMP", "TMP")  # in the order in which Python's tempfile reads them
+_VARIABLES = ("TMPDIR", "TEMP", "TMP")  # read in this order by Python's tempfile
 _SOCKET_PATH = 107
 """Maximum length of the path of a Unix socket in bytes (unix(7): 108 with the terminating NUL)."""
 _IN_FOLDER = len("/pymp-01234567/listener-01234567")  # multiprocessing appends this to the temporary folder

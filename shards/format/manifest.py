@@ -115,7 +115,7 @@ class Manifest:
             raise ShardSetError(f"{source}: not a '{FORMAT}' manifest; specify a set from 'pipeline shard'")
         if raw.get("version") != VERSION:
             raise ShardSetError(
-                f"{source}: manifest version {_short(raw.get('version'))}, this tool reads version {VERSION}; "
+                f"{source}: manifest version {_short(raw.get('version'))}, but this tool reads version {VERSION}; "
                 "use the tool version that wrote it, or convert the source again"
             )
         try:

@@ -25,9 +25,9 @@ class ManifestDigest:
     """The expected digest of a set's dataset.json."""
 
     algorithm: str
-    """xxh3 or sha256."""
+    """Name of the hash function: xxh3 or sha256."""
     digits: str
-    """Lower-case hexadecimal."""
+    """Digest in lower-case hexadecimal digits."""
 
     @classmethod
     def parse(cls, text: str, option: str) -> ManifestDigest:

@@ -46,7 +46,7 @@ from shards.images.pixels import BAND_PIXELS, Pixels, profile_of, to_8bit, to_sr
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.images.tiff import has_second_page
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one thread, because there is one worker per core
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # threads per decoder: there is one worker per core
 REPAIR_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
 _FILTER = Image.Resampling.HAMMING  # antialiased, for shrinking: as fast as bilinear and as sharp as bicubic

@@ -56,7 +56,7 @@ def check_extent(width: int, height: int, *, shrinks: bool = False) -> None:
         raise too_many_pixels(f"{width}x{height}")
     if max(width, height) > MAX_SIDE and not shrinks:
         raise Rejected(
-            f"too large: {width}x{height} pixels, at most {MAX_SIDE:,} per side are allowed; --max-side shrinks it"
+            f"too large: {width}x{height} pixels; at most {MAX_SIDE:,} per side are allowed; --max-side shrinks it"
         )
 
 
@@ -91,7 +91,7 @@ def check_scaled(data: bytes, header: JpegHeader, scale: int) -> None:
     if memory > MAX_DECODE_MEMORY:
         raise Rejected(
             f"too large: shrinking {'a progressive' if header.multiscan else 'a'} JPEG of {width}x{height} pixels "
-            f"needs about {memory >> 20} MiB of memory, at most {MAX_DECODE_MEMORY >> 20} are allowed"
+            f"needs about {memory >> 20} MiB of memory; at most {MAX_DECODE_MEMORY >> 20} are allowed"
             + ("" if header.multiscan else "; a smaller --max-side needs less")
         )
 
@@ -165,7 +165,7 @@ def _check_memory(kind: str, size: tuple[int, int], per_pixel: int, more: int, *
     memory = width * height * per_pixel + more
     if memory > MAX_DECODE_MEMORY:
         raise Rejected(
-            f"too large: decoding a {kind} of {width}x{height} pixels needs about {memory >> 20} MiB of memory, at "
+            f"too large: decoding a {kind} of {width}x{height} pixels needs about {memory >> 20} MiB of memory; at "
             f"most {MAX_DECODE_MEMORY >> 20} are allowed"
         )
 

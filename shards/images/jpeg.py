@@ -17,7 +17,7 @@ _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7, which
 _SEQUENTIAL = frozenset({0, 1, 9})  # the n of SOFn if not progressive or hierarchical
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # no stuffed byte, restart marker or fill byte
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # excludes stuffed, restart and fill bytes
 
 
 class NotAJpeg(ValueError):

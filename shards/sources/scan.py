@@ -40,7 +40,7 @@ class Scan:
     unused: tuple[UnusedEntry, ...] = ()
     """Files of the source that are not used."""
     notes: tuple[str, ...] = ()
-    """Messages that inform the user."""
+    """Messages for the user."""
     warnings: tuple[str, ...] = ()
     """Messages about likely mistakes, for which --strict rejects the source."""
     digest: str = ""

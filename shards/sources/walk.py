@@ -67,7 +67,7 @@ class FolderContents:
     images: list[bytes] = field(default_factory=list)
     """Files with the suffix of an image."""
     files: list[bytes] = field(default_factory=list)
-    """All other files."""
+    """Files without the suffix of an image."""
     skipped: list[tuple[bytes, str]] = field(default_factory=list)
     """(name, reason) of skipped entries."""
 

@@ -115,7 +115,7 @@ def test_a_pickled_object_in_place_of_a_tensor_is_not_executed(model: fat.FAT, t
 def test_a_head_of_another_size_is_rejected_unless_replace_head_is_set(model: fat.FAT, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     fat.save_weights(model, path)
-    expected = f"{path}: the weights have 10 classes, the model has 7; create the model with num_classes=10"
+    expected = f"{path}: the weights have 10 classes, but the model has 7; create the model with num_classes=10"
     with pytest.raises(ValueError, match=re.escape(expected)):
         fat.create_model(TINY, num_classes=7, weights=path)
     torch.manual_seed(0)

@@ -152,11 +152,11 @@ PERMANENT: dict[str, tuple[Answer, str]] = {
     "status 400": (lambda h, a, b, c: respond(h, 400, b""), "status 400"),
     "a shorter file": (
         lambda h, a, b, c: respond(h, 206, c[a : a + 10], Content_Range=span(a, a + 10, a + 10)),
-        "truncated on the server: it has 1,000,010 bytes, the manifest requires at least 2,000,000",
+        "truncated on the server: it has 1,000,010 bytes, but the manifest requires at least 2,000,000",
     ),
     "a file that ends before the range": (
         lambda h, a, b, c: respond(h, 416, b"", Content_Range="bytes */999"),
-        "truncated on the server: it has 999 bytes, the manifest requires at least 2,000,000",
+        "truncated on the server: it has 999 bytes, but the manifest requires at least 2,000,000",
     ),
     "a redirect to a file": (
         lambda h, a, b, c: respond(h, 302, b"", Location="file:///etc/passwd"),
@@ -289,7 +289,7 @@ def test_a_truncated_file_of_any_file_system_is_reported() -> None:
     import fsspec
 
     fsspec.filesystem("memory").pipe("/short/data.tar", CONTENT[:1000])
-    message = r"data.tar: truncated on the server: it has 1,000 bytes, the manifest requires at least 2,000,000"
+    message = r"data.tar: truncated on the server: it has 1,000 bytes, but the manifest requires at least 2,000,000"
     with pytest.raises(RemoteError, match=message):
         Remote("memory://short").read(FILE, START, STOP)
 

@@ -108,8 +108,8 @@ def in_beton(**changed: Any) -> Edit:
     ("kind", "edit", "fact"),
     [
         ("tars", lambda c: c.update(format="another"), "not a 'fat-pipeline shard set' manifest"),
-        ("tars", lambda c: c.update(version=99), "manifest version 99, this tool reads version 2"),
-        ("tars", lambda c: c.update(version="2"), "manifest version '2', this tool reads version 2"),
+        ("tars", lambda c: c.update(version=99), "manifest version 99, but this tool reads version 2"),
+        ("tars", lambda c: c.update(version="2"), "manifest version '2', but this tool reads version 2"),
         ("tars", lambda c: c.update(extra=1), "extra"),
         ("tars", lambda c: c.pop("classes"), "classes: "),
         ("tars", lambda c: c["classes"].clear(), "classes: "),

@@ -172,7 +172,7 @@ def test_a_reformatted_manifest_is_detected(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ('{"format": "fat-pipeline shard set", "version": 99}', "manifest version 99, this tool reads version 2"),
+        ('{"format": "fat-pipeline shard set", "version": 99}', "manifest version 99, but this tool reads version 2"),
         ('{"some": "other json"}', "not a 'fat-pipeline shard set' manifest"),
         ("{", "unreadable manifest"),
         ('{"format": "fat-pipeline shard set", "version": 2}', "damaged manifest"),

@@ -60,7 +60,7 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
         f"{tmp_path}: 3 train images of 3 classes, 0 re-encoded, 1 rejected, 1 not used",
         "train: 3 images of 2 classes, 1 to 2 each, in 1 shard",
         "train: in the order of the tars, where runs of one class have a mean length of 1.5",
-        "rejected: 1 train: PNG: 'pipeline shard' re-encodes such images, 'pipeline index' cannot "
+        "rejected: 1 train: PNG: 'pipeline shard' re-encodes such images, but 'pipeline index' cannot "
         "(such as a.tar/7.png)",
         f"rejected: all rejects are listed in {tmp_path}/rejects.jsonl",
         "not used: 1 .json: not part of a sample (such as a.tar/x.json)",

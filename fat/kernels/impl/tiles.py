@@ -159,7 +159,7 @@ class Walk:
     each: int
     """Channels per thread."""
     together: int
-    """Rows loaded at once."""
+    """Rows that a thread loads at once."""
     early: bool
     """Whether rows are loaded while the previous rows are processed."""
     resident: int

@@ -53,7 +53,7 @@ class Job:
 
 def main() -> None:
     results = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # so that compiler output does not mix with the results
+    os.dup2(2, 1)  # compiler output must not mix with the results
     capability, processes, jobs = pickle.load(sys.stdin.buffer)
     with tempfile.TemporaryDirectory() as folder:
         _prepare(jobs, cuda_target(capability), Path(folder))

@@ -32,7 +32,7 @@ def depthwise_input_gradient(
 ) -> Tensor:
     wide = sum_dtype(kernel_out)
     wide_grad = in_nchw(grad_out, wide)
-    x = wide_grad.new_empty(grad_out.shape[0], grad_out.shape[1], height, width)  # only its shape is used
+    x = wide_grad.new_empty(grad_out.shape[0], grad_out.shape[1], height, width)  # only the shape of x is used
     grad_x = _backward(wide_grad, x, weight.to(wide), stride, needed=(True, False))[0]
     grad_x = grad_x + wide_grad if residual else grad_x
     if gelu_input is not None:

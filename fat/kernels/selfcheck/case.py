@@ -14,7 +14,7 @@ from fat.kernels import reference
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, NORM, OPERATORS, WEIGHT_GRADIENT
 from fat.kernels.selfcheck.comparison import mismatch, poisoned_memory
 
-ODD_HEADS = 2  # with ODD_CHANNELS, a head has 10 channels, which do not fill a tile
+ODD_HEADS = 2  # number of heads; 10 of ODD_CHANNELS per head do not fill a tile
 DROP_SCALES = (0.0, 1.25)  # drop path's factors: every second sample is dropped
 
 # Operators with several results: each result's name, and the family that is at fault if it is wrong.

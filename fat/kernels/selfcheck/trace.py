@@ -23,7 +23,7 @@ from fat.model import MIN_SIZE, Stage, Trunk
 BATCH = 2
 LARGEST_ODD = 31  # maximum rows of the first stage's feature map at the odd image size
 STEM_STRIDE = 4
-ODD_CHANNELS = 20  # not a multiple of a tile's channels or of a 16-byte access
+ODD_CHANNELS = 20  # number of channels that is no multiple of a tile's channels or of a 16-byte access
 
 
 def cases(

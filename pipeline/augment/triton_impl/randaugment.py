@@ -214,7 +214,7 @@ def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, 
 
 @triton.jit
 def _locate(source, size):
-    """Return whether a coordinate is in the image, the second of its four neighbours, and its distance from that one."""
+    """Return whether a coordinate is in the image, the second of its neighbours, and its distance from this one."""
     before = tl.floor(source - 0.5)
     return (source >= 0) & (source < size), before.to(tl.int32), (source - 0.5 - before).to(tl.float32)
 

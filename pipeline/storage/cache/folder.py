@@ -116,7 +116,7 @@ class CacheFolder:
             locked = False
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = os.fstat(lock).st_nlink > 0  # otherwise the file was removed and may have been recreated
+                locked = os.fstat(lock).st_nlink > 0  # without a link, the file was removed and may have been recreated
             except BlockingIOError:
                 if wait is None:
                     wait, since = Wait("", limit=LOCK_SECONDS, remedy=END_PROCESS), time.monotonic()

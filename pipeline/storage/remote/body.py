@@ -39,7 +39,7 @@ class ServerFacts:
     url: str
     """URL of the set's folder."""
     sends_ranges: bool | None = None
-    """Whether it supports range requests; None: not known yet."""
+    """Whether the server supports range requests; None: not known yet."""
 
 
 class Body(abc.ABC):
@@ -106,7 +106,7 @@ class WebBody(Body):
                     break
         except Exception:
             if self.stop is None or len(content) < STALL_BYTES:
-                raise  # with more bytes, return those received so far
+                raise  # a sufficient part of a piece is returned
         return bytes(content)
 
     async def _some(self, response: aiohttp.ClientResponse, size: int) -> bytes:
@@ -177,7 +177,7 @@ class WebBody(Body):
         length = None if "Content-Encoding" in response.headers else response.content_length
         expected = max(self.stop, self._last or 0)
         if length is not None and length < expected:
-            raise BadAnswer(f"got a file of {length:,} bytes, the manifest requires at least {expected:,}")
+            raise BadAnswer(f"got a file of {length:,} bytes, but the manifest requires at least {expected:,}")
         # Status 200 is also a valid answer of a server with range support if all bytes of the file were requested.
         if self._start > 0 or (length is not None and length > self.stop):
             self._facts.sends_ranges = False

@@ -146,7 +146,7 @@ class Remote:
     def has_ranges(self, name: str) -> bool:
         """Return whether the server supports range requests. If that is not known yet, request one byte of a file."""
         if self.facts.sends_ranges is None:
-            with self._probing:  # only one request, even if several threads call this method
+            with self._probing:  # several threads share one request
                 if self.facts.sends_ranges is None:
                     with contextlib.suppress(NoRanges):
                         self.read(name, 1, 2)

@@ -55,8 +55,8 @@ def no_ranges(url: str) -> str:
 def too_short(url: str, expected: int, found: int) -> str:
     """Return the message for a remote file that is shorter than the manifest requires."""
     return (
-        f"{redact(url)}: truncated on the server: it has {found:,} bytes, the manifest requires at least {expected:,}; "
-        "upload the file again"
+        f"{redact(url)}: truncated on the server: it has {found:,} bytes, but the manifest requires at least "
+        f"{expected:,}; upload the file again"
     )
 
 

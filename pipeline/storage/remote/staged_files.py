@@ -51,7 +51,7 @@ class StagedFiles:
     ) -> None:
         self._files, self._remote, self._cache, self._folder = files, remote, cache, folder
         self._change = threading.Condition()
-        self._shards = ShardTable(files, max_bytes=max_bytes)  # only used while holding the lock of `_change`
+        self._shards = ShardTable(files, max_bytes=max_bytes)  # access requires the lock of `_change`
         self._logged: set[str] = set()
         self._full_until = 0.0
         self._no_room = WarningThrottle()

@@ -115,7 +115,7 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
 
 
 def _remedy(folder: Path) -> str:
-    """Return what to do about a class folder without images, without losing split lists in it."""
+    """Return the remedy for a class folder without images; it keeps split lists that are in the folder."""
     root = folder.parent
     nested = find_nested_class_root(root, [os.fsdecode(name) for name in list_folder(root).folders])
     if nested is not None and nested != folder:

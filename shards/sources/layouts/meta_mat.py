@@ -14,9 +14,9 @@ import sys
 from typing import Any
 
 MAX_MEMORY = 2**32
-"""Bytes of address space."""
+"""Maximum bytes of address space of the child process."""
 MAX_SECONDS = 60
-"""CPU seconds; the real file takes one."""
+"""Maximum CPU seconds of the child process; the real file takes one."""
 NO_SCIPY = 3  # exit status if scipy is not installed
 
 

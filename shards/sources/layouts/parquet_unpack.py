@@ -57,7 +57,7 @@ class ParquetInfo:
     names: list[str | None]
     """Class names by label; empty if the file has none."""
     notes: tuple[str, ...]
-    """Messages that inform the user."""
+    """Messages for the user."""
 
 
 @dataclass(frozen=True)

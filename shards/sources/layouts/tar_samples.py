@@ -33,7 +33,7 @@ IMAGE_ORDER = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 """Order of preference if a sample has several images; other suffixes follow in alphabetical order."""
 NO_LABEL = "image without a label"
 NO_IMAGE = "label without an image"
-_MAX_LABEL_BYTES = 4 * MAX_LABEL + 16  # of UTF-8 text, including surrounding white space
+_MAX_LABEL_BYTES = 4 * MAX_LABEL + 16  # maximum size of a label in UTF-8, including white space
 _WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # skipped by webdataset's `tar_file_iterator`
 _SHOWN_SUFFIXES = 8
 

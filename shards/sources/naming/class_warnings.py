@@ -104,7 +104,7 @@ def _number_gap_warnings(classes: Sequence[ClassEntry]) -> list[str]:
         return []
     numbers = {int(entry.folder) for entry in classes}
     low, high = min(numbers), max(numbers)
-    if not len(numbers) <= high - low < 2 * len(numbers):  # no gaps, or too many gaps for class numbers
+    if not len(numbers) <= high - low < 2 * len(numbers):  # no gaps, or more gaps than class numbers have
         return []
     missing = [number for number in range(low, high + 1) if number not in numbers]
     return [

@@ -126,7 +126,7 @@ def no_class_folders_error(root: Path) -> UserError:
 
 
 def describe_files(names: Iterable[bytes]) -> str:
-    """Describe files by the number of each suffix, an example, and what to do about archives; '' if there are none."""
+    """Describe files: number per suffix, an example, and a remedy for archives. Return '' if there are no files."""
     listed = list(names)
     suffixes = Counter(os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix" for name in listed)
     if not suffixes:

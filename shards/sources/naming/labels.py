@@ -260,7 +260,9 @@ def number_classes(
         ordered, new_labels = match_classes(found, listed, classes)
         return NumberedClasses(ordered, [new_labels[one] for one in labels])
     if top >= len(listed):
-        raise UserError(f"{classes}: --classes lists {len(listed):,} classes, but label {top} occurs; add the missing classes")
+        raise UserError(
+            f"{classes}: --classes lists {len(listed):,} classes, but label {top} occurs; add the missing classes"
+        )
     return NumberedClasses(tuple(listed), labels)
 
 

@@ -25,7 +25,7 @@ _SPLIT_OF = {
 _FILLERS = frozenset(("data", "dataset", "dir", "folder", "images", "imgs", "set", "split"))
 """Words that add no meaning to the name of a split: train_images, val_set."""
 _SIMILAR_WORDS = {
-    TRAIN: ("trainings", "trn"),  # not 'trains', which is a class next to ships and planes
+    TRAIN: ("trainings", "trn"),  # without 'trains', which is a class next to ships and planes
     VAL: ("evals", "evaluate", "evaluation", "evaluations", "heldout", "validate", "validations", "valids", "vals"),
     TEST: ("testings", "tests", "tst"),
 }
