@@ -68,7 +68,7 @@ class Prefetcher(Generic[T]):
             for item in self._source:
                 if not self._put((False, item)):
                     return
-        except BaseException as error:  # the consumer raises errors of every type
+        except BaseException as error:  # the consumer raises the error, whatever its type
             end = error
         finally:
             close = getattr(self._source, "close", None)

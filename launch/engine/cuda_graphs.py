@@ -45,8 +45,8 @@ class GraphedModel:
         self._eager = model.forward
         self._parts = _parts(model)
         self._captured: list[_CapturedPart] = []
-        # With `keeps_gradients`, this replaces the parameters as an input that requires a gradient, so that autograd runs
-    # the backward pass.
+        # With `keeps_gradients`, this replaces the parameters as an input that requires a gradient, so that autograd
+        # runs the backward pass.
         self._anchor = torch.zeros((), requires_grad=True)
         model.forward = self._forward
 

@@ -90,7 +90,7 @@ class Updater:
 
 def create_state(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], moments: Sequence[str]) -> None:
     """Create the state that an optimizer creates in its first step, so that a checkpoint can be loaded before it."""
-    fused = optimizer.defaults["fused"]  # others read the step number on the host, in every step
+    fused = optimizer.defaults["fused"]  # otherwise the host reads the step number in every step
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.tensor(0.0, device=parameter.device if fused else "cpu"),

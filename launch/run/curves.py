@@ -91,5 +91,5 @@ def _draw_accuracy(axes: Any, evals: dict[WeightsKind, list[dict[str, Any]]]) ->
 
 
 def _column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps of the lines, and their values of that name."""
+    """Return the steps of the lines, and the value called `name` of each line."""
     return [line["step"] for line in lines], [line[name] for line in lines]

@@ -1,4 +1,4 @@
-"""The fingerprint of a run in its checkpoints, and the check whether a run may resume from a checkpoint."""
+"""The fingerprint of a run in its checkpoints, and a check that a run may resume from a checkpoint."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class RunFolder:
         if found is not None:
             check_classes(found, self._feed.class_list, run=self.path)
         messages = [f"warning: {message}" for message in skipped]
-        if found is None and skipped:  # move them away, or checkpoints of the same steps would replace them
+        if found is None and skipped:  # new checkpoints of the same steps would replace the damaged ones
             messages.append(
                 "warning: all checkpoints are damaged, so the run starts from the beginning; the damaged checkpoints "
                 f"and the metrics are now in {self._archive()}"

@@ -92,7 +92,7 @@ class Resizer:
         return np.asarray(image)
 
     def _finish(self, pixels: Pixels, flip: bool | np.bool_, out: NDArray[np.uint8] | NDArray[np.float32]) -> None:
-        # In NumPy, because PyTorch would start its thread pool for every copy of this size.
+        # NumPy instead of PyTorch, which would start its thread pool for every copy of this size.
         if flip:
             flipped = np.empty_like(pixels, order="C")
             np.copyto(flipped.view("V3"), np.ascontiguousarray(pixels).view("V3")[:, ::-1])

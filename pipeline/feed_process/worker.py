@@ -83,7 +83,7 @@ class _BatchSender:
             for batch in stream.run(stream.reader(self._buffers), bad):
                 self._room.acquire()
                 self._send(batch, bad)
-        except BaseException as raised:  # the consumer raises errors of every type
+        except BaseException as raised:  # the consumer raises the error, whatever its type
             error = picklable_error(raised)
         with contextlib.suppress(OSError):
             self._channel.send(End(error, bad.ids))

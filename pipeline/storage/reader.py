@@ -24,7 +24,7 @@ T = TypeVar("T")
 Sample = tuple[int, int, int, int | None]
 """Row in the batch, file, offset, expected hash (None: not verified)."""
 
-# Threads that start batches. They also read what is in the page cache; more threads do not make that faster.
+# Number of threads that start batches and read from the page cache. More threads do not make these reads faster.
 BATCH_THREADS = 2
 # Samples per task: enough to amortise the overhead of a task, few enough that a small batch uses many threads.
 SAMPLES_PER_TASK = 8

@@ -58,7 +58,7 @@ class Published:
 
     bytes: Count
     hash: Digest | None
-    """None for a .beton file, which would take too long to read."""
+    """xxh3-64 of the file; None for a .beton file, which would take too long to hash."""
 
 
 def save_record(path: Path, schema: TypeAdapter[T], record: T) -> None:

@@ -38,7 +38,7 @@ class Accepted:
     repair: str | None = None
     """Why the image was re-encoded; None if it was a standard JPEG."""
     blank: bool = False
-    """Whether it is nearly black or of a single color; always False with check="header"."""
+    """Whether the image is nearly black or of a single color; always False with check="header"."""
 
 
 class Rejected(Exception):

@@ -29,7 +29,7 @@ class DiskFull(CacheFull):
 
 
 class ForeignFile(UserError):
-    """A file that the cache did not create has the name of one of its files."""
+    """A file that the cache did not create has the name of a file of the cache."""
 
 
 class PartRemoved(StorageFailed):

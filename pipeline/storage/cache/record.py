@@ -28,7 +28,7 @@ PART = ".part"
 _SHOWN_OF_NAME = 40
 _MAX_LINE = 4096
 _HEAD = 36  # length of the first line, in bytes
-# The record is rewritten when it has more than this number of lines that do not describe an existing file.
+# The record is rewritten when more than this number of its lines describe no existing file.
 _MAX_STALE = 2000
 
 State = Literal["part", "whole", "gone"]

@@ -36,11 +36,11 @@ class Shard:
     requests: int = 0
     """Number of accepted requests that include the shard."""
     readers: int = 0
-    """Number of threads that are reading from it."""
+    """Number of threads that are reading from the shard."""
     retry_at: float = 0.0
-    """Earliest time (`time.monotonic`) of the next attempt to stage it."""
+    """Earliest time (`time.monotonic`) of the next attempt to stage the shard."""
     progress: Progress = field(default_factory=Progress)
-    """Progress of another process that stages it."""
+    """Progress of another process that stages the shard."""
 
 
 class ShardTable:
@@ -80,7 +80,7 @@ class ShardTable:
         shard = self._shards[file]
         if isinstance(lease, int):
             shard.state, shard.lease, shard.progress = ShardState.LOCAL, lease, Progress()
-            self.release(file)  # all requests may have been dropped during the download
+            self.release(file)  # the shard may not be requested any more after the download
         else:
             shard.state, shard.retry_at = ShardState.REMOTE, retry_at
 

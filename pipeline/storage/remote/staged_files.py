@@ -205,7 +205,7 @@ class StagedFiles:
                 retry_at = math.inf
             except Interrupted:
                 return
-            except BaseException as error:  # the next read raises it
+            except BaseException as error:  # the next read raises the error
                 self._failure = error
                 return
             if isinstance(lease, Busy) and self._shards[file].progress.stalled(lease):

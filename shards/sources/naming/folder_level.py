@@ -21,7 +21,7 @@ _REMEDIES = {
     (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"): "unpack archives first",
     (".arrow",): "save the data set as Parquet instead: Dataset.to_parquet",
 }
-"""Suffixes of files that contain images in another form -> what to do."""
+"""Suffixes of files that contain images in another form -> remedy."""
 
 
 @dataclass(frozen=True)
