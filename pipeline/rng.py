@@ -128,7 +128,7 @@ def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np
 
     words = np.broadcast_arrays(*map(_as_u64, key))
     log_v, accepted = attempt(*words, 0)
-    if not accepted.all():  # rare: all 16 attempts are only computed for the keys whose first attempt failed
+    if not accepted.all():  # rare: all 16 attempts are computed only for keys whose first attempt failed
         log_vs, others = attempt(*(word[~accepted][:, None] for word in words), np.arange(16))
         first = others.argmax(axis=1)
         log_v[~accepted] = log_vs[np.arange(len(first)), first]

@@ -46,15 +46,15 @@ from shards.images.pixels import BAND_PIXELS, Pixels, profile_of, to_8bit, to_sr
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.images.tiff import has_second_page
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # threads per decoder: there is one worker per core
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one thread suffices, because there is one worker per core
 REPAIR_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
-_FILTER = Image.Resampling.HAMMING  # antialiased, for shrinking: as fast as bilinear and as sharp as bicubic
+_FILTER = Image.Resampling.HAMMING  # for shrinking: antialiased, as fast as bilinear, as sharp as bicubic
 
 # The entire stream is entropy-decoded, which detects damage. Reconstructing only every eighth pixel of the luminance
 # avoids most of the remaining work.
 _CHECK = {"colorspace": "GRAY", "min_height": 1, "min_width": 1, "min_factor": 8}
-_BLANK_PIXELS = 16  # minimum size of a reduced image, from 32x32 pixels, to decide whether it is blank
+_BLANK_PIXELS = 16  # smaller images, after reduction by 8 per side, are not checked for being blank
 _BLACK = 20  # largest value (0 to 255) in a nearly black image
 _ONE_COLOR = 3  # largest range of values (0 to 255) in an image of a single color
 _SCALES = (8, 4, 2)  # integer factors of libjpeg's scaled decoding
@@ -231,7 +231,7 @@ def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, re
 def _is_blank(pixels: Pixels) -> bool:
     """Return whether an image is nearly black or of a single color, given every eighth pixel along each side.
 
-    Very small images have too few such pixels to decide, and are never considered blank.
+    Very small images have too few such pixels to decide, so they are never considered blank.
     """
     if pixels.shape[0] * pixels.shape[1] < _BLANK_PIXELS:
         return False

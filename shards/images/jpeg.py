@@ -48,7 +48,7 @@ class JpegHeader:
 
     @property
     def is_standard(self) -> bool:
-        """Whether all JPEG decoders support the image: baseline or progressive, 8 bits, grayscale or three components."""
+        """Whether all decoders support the image: baseline or progressive, 8 bits, grayscale or three components."""
         return self.process in (BASELINE, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
 
 
