@@ -120,8 +120,8 @@ def options(kind: type) -> list[Option]:
         flag = name.upper() if positional else f"--{name}"
         values = _values(hint)
         if values == "flag":
-            flag = f"--no-{name}" if field.default else flag
-            default = ""
+            values = f"flag; off with `--no-{name}`" if field.default else "flag"
+            default = "on" if field.default else ""
         else:
             default = _default(field, hint)
         found.append(Option(flag, values, default, helps.get(field.name, "")))
@@ -173,7 +173,7 @@ def _number(bound: Any) -> str:
 def _default(field: dataclasses.Field[Any], hint: Any) -> str:
     hinted = _metadata(hint, "help_behavior_hint")
     if hinted:
-        return hinted.removeprefix("(default: ").removesuffix(")")
+        return hinted.removeprefix("(default: ").removesuffix(")") if hinted.startswith("(default: ") else ""
     if field.default is dataclasses.MISSING or field.default in (None, (), ""):
         return ""
     value = field.default

@@ -188,7 +188,11 @@ def run_recipe(recipe: Recipe) -> int:
         try:
             train(recipe, world, lock)
         except Preempted as reason:
-            print(f"saved and stopping: {printable(reason)}", file=sys.stderr, flush=True)
+            print(
+                f"saved and stopping: {printable(reason)}; run the same command again to resume",
+                file=sys.stderr,
+                flush=True,
+            )
             return EXIT_STATUS
         return 0
 

@@ -21,6 +21,7 @@ from pipeline.options import LoaderOptions
 from shards.errors import UserError
 from shards.files.output import check_output, write_output
 from shards.memory import check_memory
+from shards.option_help import default
 from shards.ranges import Fraction, Seed, Side, check_ranges
 from shards.redact import printable
 
@@ -55,10 +56,10 @@ class Look:
     """Side of the augmented images in pixels."""
     count: Annotated[int, Interval(ge=1, le=10_000)] = 24
     """Number of images."""
-    flip: Fraction | None = None
-    """Probability of a horizontal flip. None: the recipe's probability."""
-    crop_scale: tuple[CropArea, CropArea] | None = None
-    """Smallest and largest area of the random crop, as fractions of the image's area. None: the recipe's range."""
+    flip: Annotated[Fraction | None, default("the recipe's")] = None
+    """Probability of a horizontal flip."""
+    crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("the recipe's")] = None
+    """Smallest and largest area of the random crop, as fractions of the image's area."""
     seed: Seed = 0
     """Seed of the run."""
     epoch: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
@@ -67,10 +68,10 @@ class Look:
     """Also show the same augmentation computed by PIL, the reference, and the difference in levels (0 to 255)."""
     loader: Literal["auto", "dali", "ffcv"] = "auto"
     """Decoder. auto: dali if the set has tar shards, ffcv if it has only a .beton file."""
-    set_digest: str | None = None
+    set_digest: Annotated[str | None, default("not checked")] = None
     """Expected digest of the set's dataset.json, xxh3=HEX or sha256=HEX as 'pipeline info' prints it."""
-    cache: Path | None = None
-    """Cache folder for a remote set. None: $FAT_CACHE, else a folder in the temporary folder."""
+    cache: Annotated[Path | None, default("$FAT_CACHE, else the temporary folder")] = None
+    """Cache folder for a remote set."""
     cache_shared: bool = False
     """Use one cache for all users in the group of the cache folder, instead of one cache per user."""
 

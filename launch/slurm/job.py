@@ -13,6 +13,7 @@ from annotated_types import Interval
 from launch.config.recipe import Recipe
 from pipeline.batch_shape import BatchShape, PlanError, divisors
 from shards.errors import UserError
+from shards.option_help import default
 from shards.ranges import check_ranges
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,24 +34,26 @@ class Submit:
     """N, or MIN-MAX. With MIN-MAX, each start uses as many free nodes as the global batch can be divided among."""
     gpus_per_node: Annotated[int, Interval(ge=0, le=1024)] = 8
     """GPUs per node, with one process each. 0: train on CPUs; also set --processes-per-node."""
-    processes_per_node: Annotated[int, Interval(ge=1, le=1024)] | None = None
-    """Processes per node. None: one per GPU."""
+    processes_per_node: Annotated[Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU")] = None
+    """Processes per node."""
     partition: str | None = None
     """SLURM partition."""
     time: str | None = None
     """Time limit of one start, such as 24:00:00. Before it ends, the run saves and the job is requeued."""
     account: str | None = None
     """SLURM account."""
-    cpus_per_node: Annotated[int, Interval(ge=1, le=65535)] | None = None
-    """CPU cores per node. None: whole nodes (--exclusive), with all their cores and memory."""
-    name: str | None = None
-    """Name of the job. None: the name of the run folder."""
+    cpus_per_node: Annotated[
+        Annotated[int, Interval(ge=1, le=65535)] | None, default("whole nodes, with all their cores and memory")
+    ] = None
+    """CPU cores per node."""
+    name: Annotated[str | None, default("the name of the run folder")] = None
+    """Name of the job."""
     container: str | None = None
     """Container image with Python and all libraries: a .sif file (Apptainer), or an image name for Pyxis."""
     mount: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folders (FROM or FROM:TO) to mount in addition to the project, the run folder and the data."""
-    python: str | None = None
-    """Python interpreter on the nodes. None: the current one, or python3 in a container."""
+    python: Annotated[str | None, default("the current one, or python3 in a container")] = None
+    """Python interpreter on the nodes."""
     script: Path = ROOT / "launch" / "train.py"
     """Script that each process runs."""
     setup: str = ""

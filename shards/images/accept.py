@@ -48,6 +48,7 @@ from shards.images.tiff import has_second_page
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one thread suffices, because there is one worker per core
 REPAIR_QUALITY = 95
+_BYTES_LEFT = re.compile(r" \(\d+ bytes not processed\)")
 _ORIENTATION_TAG = 0x0112
 _FILTER = Image.Resampling.HAMMING  # for shrinking: antialiased, as fast as bilinear, as sharp as bicubic
 
@@ -263,7 +264,8 @@ def _decoding() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
-    return f"does not decode: {first_line(error)}"
+    # Pillow counts the bytes that are left, which would give every truncated file a reason of its own.
+    return f"does not decode: {_BYTES_LEFT.sub('', first_line(error))}"
 
 
 def _exif_orientation(image: Image.Image) -> int:

@@ -51,6 +51,17 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
     assert len(files) == 11 + 4 + 3 + 2
 
 
+def test_truncated_images_are_one_line_of_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pillow's reason contains the number of bytes left, which differs between the files."""
+    source = class_folders(tmp_path / "in" / "train", {"cat": 3, "dog": 3}).parent
+    for number, length in enumerate((len(jpeg(1)) // 2, len(jpeg(1)) * 3 // 4)):
+        (source / "train" / "dog" / f"cut{number}.jpg").write_bytes(jpeg(1)[:length])
+    Shard(source, out=tmp_path / "set", max_rejects=0.5, workers=1).run()
+    rejected = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rejected: 2 train: ")]
+    assert len(rejected) == 1, "both for the same reason"
+    assert "bytes" not in rejected[0]
+
+
 def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = labelled_tar(
         tmp_path / "a.tar", [0, 0, 2], {"x.json": b"{}", "7.png": encoded(Image.new("L", (9, 9)), "PNG"), "7.cls": b"0"}
