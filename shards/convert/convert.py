@@ -229,9 +229,11 @@ def _check_output_is_folder(out: Path) -> None:
 def _check_same_options(out: Path, saved: dict[str, Any] | None, options: Options) -> None:
     requested, used = options.changing_bytes, saved or {}
     if used != requested:
-        differing = ", ".join(f"{name} {used.get(name)}" for name in requested if used.get(name) != requested[name])
+        differing = ", ".join(
+            f"{name} was {used.get(name)}, now {value}" for name, value in requested.items() if used.get(name) != value
+        )
         raise UserError(
-            f"{out}: contains a conversion with different options ({differing}); use these options, specify another "
+            f"{out}: contains a conversion with other options ({differing}); use the same options, specify another "
             "--out, or remove the folder"
         )
 

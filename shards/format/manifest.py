@@ -92,8 +92,8 @@ class Manifest:
         if not folder.exists():
             raise ShardSetError(f"{folder}: no such shard set; create it with 'pipeline shard SOURCE --out {folder}'")
         raise ShardSetError(
-            f"{folder}: contains no {MANIFEST_NAME}, so it is not a finished shard set; "
-            f"run (or resume) 'pipeline shard SOURCE --out {folder}'"
+            f"{folder}: contains no {MANIFEST_NAME}, so it is not a finished shard set; resume its conversion, or "
+            "convert a folder of images with 'pipeline shard' and specify the set that it writes"
         )
 
     @classmethod

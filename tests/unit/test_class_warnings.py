@@ -249,11 +249,11 @@ def test_val_fraction_keeps_an_image_of_each_class_in_both_splits(fraction: floa
     assert (train > 0).all()
     assert (val[:4] > 0).all()
     assert val[0] == min(59, max(1, round(60 * fraction)))
-    assert any("1 of 5 classes have only one image, which stays in training: 'e'" in note for note in found.notes)
+    assert any("for 1 of 5 classes, the only image stays in training: 'e'" in note for note in found.notes)
     if fraction == 0.02:
-        assert any("one image of each is used for validation: 'b', 'c', 'd'" in note for note in found.notes)
+        assert any("so one image is used for validation: 'b', 'c', 'd'" in note for note in found.notes)
     if fraction == 0.98:
-        assert any("one image of each stays in training: 'c', 'd'" in note for note in found.notes)
+        assert any("so one image stays in training: 'c', 'd'" in note for note in found.notes)
 
 
 def test_val_fraction_is_rejected_if_every_class_has_only_one_image(tmp_path: Path) -> None:

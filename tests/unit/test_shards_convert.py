@@ -244,7 +244,7 @@ def test_resuming_with_different_options_is_rejected(photos: Path, tmp_path: Pat
     convert(photos, out, SMALL, ConversionPart(1, 2))
     other = Options(shard_bytes=500_000, scan=SMALL.scan)
     for _ in ("begun", "finished"):
-        with pytest.raises(UserError, match="shard_bytes 400000"):
+        with pytest.raises(UserError, match="shard_bytes was 400000, now 500000"):
             convert(photos, out, other)
         convert(photos, out, SMALL)
 

@@ -176,7 +176,7 @@ def test_the_kaggle_layout_requires_the_list_of_validation_labels(tmp_path: Path
     source = as_kaggle(tmp_path / "in")
     assert detect_layout(source / "ILSVRC") == "kaggle"
     (source / "LOC_val_solution.csv").unlink()
-    with pytest.raises(UserError, match=r"LOC_val_solution\.csv: not found"):
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv: no such file"):
         scan(source, ONE, tmp_path / "spool")
 
 

@@ -325,7 +325,7 @@ def test_a_set_whose_source_was_removed_is_reported_as_complete(
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        ({"seed": 1}, "contains a conversion with different options"),
+        ({"seed": 1}, r"contains a conversion with other options \(seed was 0, now 1\)"),
         ({"layout": "webdataset"}, "source of layout 'folder', not 'webdataset'"),
     ],
 )

@@ -178,12 +178,12 @@ def _small_class_notes(found: Scan, fraction: float, added: NDArray[np.float64])
     folders = [entry.folder for entry in found.classes]
     sizes = np.bincount(found.splits[TRAIN].rows["label"], minlength=len(folders))
     facts = (
-        (sizes == 1, "only one image, which stays in training"),
-        ((sizes > 1) & (added > 0), "too few images for this fraction; one image of each is used for validation"),
-        ((sizes > 1) & (added < 0), "too few images for this fraction; one image of each stays in training"),
+        (sizes == 1, "the only image stays in training"),
+        ((sizes > 1) & (added > 0), "the fraction is less than an image, so one image is used for validation"),
+        ((sizes > 1) & (added < 0), "the fraction leaves no image, so one image stays in training"),
     )
     return tuple(
-        f"--val-fraction {fraction:g}: {np.count_nonzero(which):,} of {len(folders):,} classes have {fact}: "
+        f"--val-fraction {fraction:g}: for {np.count_nonzero(which):,} of {len(folders):,} classes, {fact}: "
         f"{join_first(quoted(folders[label]) for label in np.flatnonzero(which))}"
         for which, fact in facts
         if which.any()
