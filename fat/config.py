@@ -56,7 +56,7 @@ class FATConfig:
                     raise ValueError(
                         f"{name}: expected {STAGES} positive integers (one per stage), got {_shortened(value)}"
                     )
-                checked: Any = tuple(_integer(name, entry, least, most) for entry in value)  # JSON has lists instead
+                checked: Any = tuple(_integer(name, entry, least, most) for entry in value)  # JSON has no tuples
             else:
                 checked = _integer(name, value, least, most)
             object.__setattr__(self, name, checked)

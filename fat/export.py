@@ -39,7 +39,7 @@ def export_onnx(model: Trunk, path: str | Path) -> None:
         path,
         input_names=["images"],
         output_names=names,
-        dynamic_shapes=(DYNAMIC_SHAPES,),  # names the dimensions in the file; the program has the same shapes
+        dynamic_shapes=(DYNAMIC_SHAPES,),  # only names the dimensions in the file; the program is already dynamic
         dynamo=True,
         external_data=False,
         verbose=False,

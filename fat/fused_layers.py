@@ -59,7 +59,7 @@ def convolve_fold(unit: ConvNorm, after: Pointwise, x: Tensor, *, fuses: bool, g
     unit: a depthwise convolution with BatchNorm. after: a 1x1 convolution.
     """
     use_kernels = kernels.can_use(x)
-    # In eager mode without the kernels, folding moves as many bytes and launches more kernels.
+    # In eager mode without FAT's kernels, folding would move as many bytes as BatchNorm and launch more kernels.
     is_faster = use_kernels or torch.compiler.is_compiling()
     if not (fuses and is_faster and unit.can_fold) or has_hooks(unit, unit.conv, unit.bn, after):
         result: Tensor = after(unit(F.gelu(x) if gelu else x))

@@ -14,7 +14,7 @@ from fat.batchnorm import BatchNorm
 from fat.kernels.ops.channel_sums import as_map, as_rows
 
 Kind = TypeVar("Kind", bound=nn.Module)
-MATRIX_PRODUCTS = True  # False: `project` always uses a convolution; for benchmarks
+MATRIX_PRODUCTS = True  # benchmarks set this to False, so that `project` always uses a convolution
 
 
 def pointwise(dim: int, out_dim: int) -> Pointwise:

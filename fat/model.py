@@ -160,7 +160,7 @@ class Stage(nn.Module):
 
 
 class Stem(nn.Module):
-    """Four 3x3 convolutions (strides 2, 2, 1, 1), a 1x1 convolution and a norm: [B, in_chans, H, W] -> stride 4."""
+    """Four 3x3 convolutions (strides 2, 2, 1, 1), a 1x1 convolution and a norm, with a total stride of 4."""
 
     def __init__(self, in_chans: int, width: int) -> None:
         super().__init__()

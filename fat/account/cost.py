@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fat.blocks import FASA
 from fat.model import Trunk
 
-BATCH = 2  # a single 32x32 image would leave BatchNorm one value per channel, on which it cannot train
+BATCH = 2  # BatchNorm cannot train on one value per channel, which a single 32x32 image would give it
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         nonlocal attention_macs, elements
         keys = -(-output.shape[2] // fasa.window) * -(-output.shape[3] // fasa.window)
         attention_macs += 2 * output.numel() * keys
-        # Elements of queries and result, then of keys and values.
+        # The first term counts the elements of queries and result, the second those of keys and values.
         elements += 2 * output.numel() + 2 * output.shape[0] * output.shape[1] * keys
 
     for module in twin.modules():
@@ -83,7 +83,7 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
             module.register_forward_hook(add_attention)
 
     of_model = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # references keep the addresses, which are the keys, from being reused
+    saved: dict[int, torch.UntypedStorage] = {}  # by address; keeping a reference prevents reuse of the address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -25,23 +25,23 @@ from fat.config import VARIANTS
 from fat.layers import GroupNorm1, norm_rows
 from fat.model import FAT
 
-BATCH = 2  # a single image could leave BatchNorm one value per channel, on which it cannot train
+BATCH = 2  # BatchNorm cannot train on one value per channel, which a single image could give it
 H200 = (4.3, 989.0)  # TB/s measured with copies; dense bf16 TFLOP/s from NVIDIA's data sheet
 
 aten: Any = torch.ops.aten
 # Number of leading arguments that are read twice, because a kernel reads all of a tensor before it can write, or
 # because the operation consists of two kernels.
 SECOND_READ = {
-    aten.native_batch_norm.default: 1,  # read for the statistics, then for the result
+    aten.native_batch_norm.default: 1,  # the input is read for the statistics, then for the result
     aten._native_batch_norm_legit.default: 1,
     aten._batch_norm_with_update.default: 1,
-    aten.native_batch_norm_backward.default: 1,  # read for two sums, then for the input gradient
+    aten.native_batch_norm_backward.default: 1,  # grad_out is read for two sums, then for the input gradient
     aten.batch_norm_backward.default: 1,
     aten.native_layer_norm.default: 1,
     aten.native_layer_norm_backward.default: 1,
     aten.native_group_norm.default: 1,
     aten.native_group_norm_backward.default: 1,
-    aten.convolution_backward.default: 1,  # read by the kernels of the input gradient and of the weight gradient
+    aten.convolution_backward.default: 1,  # grad_out is read for the input gradient and for the weight gradient
     # FAT's kernels (docs/kernels.md).
     torch.ops.fat.norm.default: 1,
     torch.ops.fat.add_norm.default: 1,
@@ -49,7 +49,7 @@ SECOND_READ = {
     torch.ops.fat.norm_gradient.default: 2,  # both the gradient and the feature map are read twice
     torch.ops.fat.add_norm_gradient.default: 2,
 }
-# Operations with most of the arithmetic; all others could be fused into them.
+# Operations that do most of the arithmetic; all other operations could be fused into them.
 PRODUCTS = ("convolution", "mm", "scaled_dot_product", "attend")
 
 
@@ -80,9 +80,10 @@ def ceiling(flops: float, moved: float, *, bandwidth: float, arithmetic: float) 
 
 
 def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16) -> Roofline:
-    """Count a training step per image of `size` x `size` pixels. No values are computed; it takes about ten seconds.
+    """Count operations and bytes of a training step, per image of `size` x `size` pixels.
 
-    The optimizer is not included: AdamW in fp32 moves 28 bytes per parameter and step, 1 % at a batch size of 256.
+    No values are computed; it takes about ten seconds. The optimizer is not included: AdamW in fp32 moves 28 bytes per
+    parameter and step, 1 % at a batch size of 256.
 
     Args:
         dtype: bfloat16: autocast with fp32 parameters, as in training on GPUs. float32: no autocast.
@@ -190,7 +191,7 @@ def trace_step(model: FAT, size: int, dtype: torch.dtype, batch: int, *, use_ker
             replacements |= {GroupNorm1: GpuGroupNorm1, BatchNorm: nn.BatchNorm2d}
         for module in twin.modules():
             module.__class__ = replacements.get(type(module), type(module))
-        twin.train()  # decides again which layers are fused (FusingModule)
+        twin.train()  # train() decides again which layers are fused (FusingModule)
         images = torch.empty(batch, model.config.in_chans, size, size, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.long)

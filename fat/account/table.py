@@ -10,7 +10,7 @@ from fat.account.cost import count
 from fat.config import VARIANTS
 from fat.model import FAT
 
-PAPER_TOP1 = {"fat_b0": 77.6, "fat_b1": 80.1, "fat_b2": 81.9, "fat_b3": 83.6}  # percent; ImageNet-1K, 224 pixels
+PAPER_TOP1 = {"fat_b0": 77.6, "fat_b1": 80.1, "fat_b2": 81.9, "fat_b3": 83.6}  # percent on ImageNet-1K at 224 pixels
 COLUMNS = (
     ("model", 7),
     ("widths", 15),

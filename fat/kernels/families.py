@@ -89,7 +89,7 @@ def launches(*families: str) -> Callable[[Function], Function]:
         def run(first: torch.Tensor, *rest: Any, **options: Any) -> Any:
             if _off.isdisjoint(families):
                 return function(first, *rest, **options)
-            # The arguments have been cast to autocast's dtype before (`fat.kernels._cast`).
+            # `fat.kernels._cast` has already cast the arguments to autocast's dtype.
             with torch.autocast(first.device.type, enabled=False):
                 return fallback(first, *rest, **options)
 

@@ -53,7 +53,7 @@ class ClassList:
     def loads(cls, text: str) -> ClassList:
         """Parse the output of `dumps`, from an untrusted file.
 
-        Raises ValueError if the text is not a class list or does not match its own count or digest.
+        Raises ValueError if the text is not a class list, or its classes do not match its count or digest.
         """
         try:
             content = json.loads(text)

@@ -13,7 +13,7 @@ from fat.weights.safe_pickle import printable
 NAMED = 5  # maximum number of names in a message
 NAME_SHOWN = 120  # maximum characters of each name
 
-# Beginning of a parameter name, in this implementation and in the released one. A prefix before it is a wrapper's.
+# Beginning of a parameter name, in this implementation and in the released one. Any prefix before it is from a wrapper.
 _MODEL = re.compile(
     r"(?:^|(?<=[./]))(?:stem\.(?:convs|proj|norm)|stages\.\d+\.blocks|patch_embed|layers\.\d+\.blocks)\."
 )
@@ -30,7 +30,7 @@ _TRAINED = frozenset(
         "model_state_dict", "weights", "params", "online_model", "_forward_module",
     }
 )  # fmt: skip
-_MAX_MODELS = 64  # maximum models per state dict, limits the time for a malicious file
+_MAX_MODELS = 64  # maximum models per state dict; limits the time that a malicious file can take
 _COUNTER = "num_batches_tracked"  # BatchNorm's batch counter; moving averages often lack it
 
 

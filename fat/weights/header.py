@@ -1,4 +1,4 @@
-"""Metadata in a weights file's header: the model's dimensions, its classes and facts of its training."""
+"""Metadata in a weights file's header: the model's dimensions, its classes and facts about its training."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """Metadata of a weights file. None: the file does not contain the fact."""
+    """Metadata of a weights file. A field is None if the file does not contain it."""
 
     config: FATConfig | None = None
     classes: ClassList | None = None
-    """Classes of the outputs; of a long list only its length and digest."""
+    """Classes of the outputs; for a long list, only its length and digest."""
     size: int | None = None
     """Side of the square images that training was evaluated on, 32 to 8192 pixels."""
     crop_pct: float | None = None
     """Fraction of the short side that the centre crop kept in these evaluations, in (0, 1]."""
     step: int | None = None
-    """Optimizer steps that were trained."""
+    """Number of optimizer steps for which the model was trained."""
 
     def to_header(self) -> dict[str, str]:
         """Return the metadata for a safetensors file: a few hundred bytes, and `MAX_TEXT` bytes of classes at most."""

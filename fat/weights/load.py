@@ -21,7 +21,7 @@ from fat.weights.released_names import from_released, is_released
 from fat.weights.safe_pickle import open_checkpoint, printable
 
 MAX_HEADER = 16 * 2**20
-"""Maximum bytes of a safetensors header. That of fat_b3 has 0.1 MB; parsing takes ten times its size in memory."""
+"""Maximum bytes of a safetensors header. The header of fat_b3 has 0.1 MB; parsing needs ten times as much memory."""
 
 
 def load_weights(
@@ -196,7 +196,7 @@ def _fitting(
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> FATConfig | None:
-    """Return the config of the variant that has these tensors, with their number of classes; None: no variant has."""
+    """Return the config of the variant that has these tensors, with their number of classes; None if there is none."""
     head = tensors.get(f"{HEAD}weight")
     classes = len(head) if head is not None and head.ndim == 2 else 0
     if classes > MAX_COUNT:
@@ -244,7 +244,7 @@ _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 
 
 def _convertible(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Return whether a conversion keeps the values. Integers are not accepted as weights: they may be quantised."""
+    """Return whether both dtypes are floating-point or both integers. Integers as weights may be quantised values."""
     return found == expected or any(found in kind and expected in kind for kind in (_FLOATS, _INTEGERS))
 
 

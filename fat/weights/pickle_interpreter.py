@@ -150,7 +150,7 @@ class _Interpreter:
             case "NEWOBJ" | "NEWOBJ_EX":
                 self._pop(3 if opcode.name == "NEWOBJ_EX" else 2)
                 stack.append(_INERT)
-            case "BUILD":  # sets attributes; those of a state dict (its modules' versions) are not needed
+            case "BUILD":  # sets attributes, which are not needed: those of a state dict are module versions
                 self._pop(1)
             case "BINPERSID":
                 stack.append(_storage(*self._pop(1)))
@@ -208,7 +208,7 @@ def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return the result of calling one of the supported functions; an inert object for all others."""
+    """Return the result of calling a function that is implemented here; for all other functions, an inert object."""
     match function:
         case _Global("collections", "OrderedDict"):
             return {}

@@ -115,7 +115,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_directory(path: Path) -> None:
-    """Raise ValueError if the archive's directory is too large, which the record at the end of the archive states
+    """Raise ValueError if the archive's directory is too large. Its size is in the record at the end of the archive
     (APPNOTE 6.3, sections 4.3.14 to 4.3.16)."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2**17))
@@ -149,7 +149,7 @@ class _Storages:
         member = self._archive.getinfo(f"{self._root}/{name}")
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed, which torch.save never does; save the file again with torch.save")
-        if member.compress_size != member.file_size:  # zipfile would allocate memory for the stated size
+        if member.compress_size != member.file_size:  # zipfile would allocate memory for the size in the directory
             raise ValueError(
                 f"{name} has {member.compress_size:,} bytes in the archive, but is listed with {member.file_size:,}"
             )

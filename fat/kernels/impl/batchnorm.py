@@ -28,7 +28,7 @@ def _join(
     CHANNELS: tl.constexpr,
 ):
     """Merge partial statistics: stats fp32 [parts, 2, channels] (mean, sum of squared deviations) of counts [parts]
-    values -> the statistics of groups of `each` parts, stored 2 * channels apart. LAST: there is one group, and the
+    values -> statistics of groups of `each` parts, with a stride of 2 * channels. LAST: there is one group, and the
     variance is stored instead of the sum of squared deviations."""
     group = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

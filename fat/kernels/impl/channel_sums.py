@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fat.kernels.impl import tiles
 
-WIDE = (128, 64, 32)  # choices for the channels of a program: full cache lines or adjacent sectors
+WIDE = (128, 64, 32)  # choices for the number of channels per program: full cache lines or adjacent sectors
 IN_FLIGHT, WARPS = 8192, 8  # elements that a program loads at once: 32 per thread, four accesses in half precision
-PROGRAMS = 512  # target: nearly four per multiprocessor of an H100, which can run four at a time
+PROGRAMS = 512  # target number of programs: nearly four per H100 multiprocessor, which can run four at a time
 MERGED_PARTS, MERGED_CHANNELS, MERGED_WARPS = 512, 16, 8  # tile of the kernel that adds partial sums
 
 

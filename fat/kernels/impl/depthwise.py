@@ -243,7 +243,7 @@ def _blocks(
         tap = KERNEL * KERNEL - 1 - t if FLIP else t
         weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=mask, other=0.0)
         if RESIDUAL and t == KERNEL * KERNEL // 2:
-            weight += 1.0  # adds x to the result
+            weight += 1.0  # the centre weight adds x to the result
         weights = weights + (weight,)
     shift = tl.zeros((COLS, CHANNELS), tl.float32)
     if bias is not None:
@@ -639,7 +639,7 @@ def convolve(
 
 
 def tile_counts(weight: Tensor, out: Tensor, stride: int = 1) -> tuple[int, int]:
-    """Return the number of tiles per sample of `out`, and the number of programs per tile, which share its channels."""
+    """Return the numbers of tiles per sample of `out` and of programs per tile, each for some of the channels."""
     height, width = out.shape[2:]
     tile = tiles.depthwise(weight.shape[-1], height, width, out.shape[1], stride)
     row_tiles, col_tiles, channel_tiles = _grid(tile, height, width, out.shape[1])
@@ -696,7 +696,7 @@ def _grid(tile: Tile, height: int, width: int, channels: int) -> tuple[int, int,
 
 
 def _fit(tile: int, length: int, source: int, stride: int, block: int | None = None) -> int:
-    """Return how tiles fit a feature map of `length` along one dimension, which is computed from one of `source`."""
+    """Return how tiles fit a feature map with `length` rows or columns that is computed from one with `source`."""
     if length % tile or source != length * stride:
         return UNEVEN
     return WHOLE if length == (block or tile) else EVEN

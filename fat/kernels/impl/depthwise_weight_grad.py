@@ -342,17 +342,17 @@ def _patches(
     behind: tl.constexpr = TAP_ROWS - 1 - pad if STRIDE == 1 else pad // STRIDE
     DEPTH: tl.constexpr = TAP_ROWS if STRIDE == 1 else pad // STRIDE + (pad + STRIDE - 1) // STRIDE + 1
     owner: tl.constexpr = pad // TAP_ROWS  # the group that loads every row of the gradient; it computes bias_out
-    skipped: tl.constexpr = pad if WHOLE else 0  # columns of x outside the feature map
+    skipped: tl.constexpr = pad if WHOLE else 0  # number of padding columns per side that are not loaded
     READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns loaded per row of x
     INNER: tl.constexpr = pad - skipped  # the first loaded column of x that is inside the patch
-    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values loaded per row of the gradient and y
+    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # number of values loaded per row of gradient and y
     program = tl.program_id(0)
     group = program % groups
     rest = program // groups
     c = (rest % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     part = rest // channel_tiles
     mask = c < channels
-    ahead = DEPTH - 1 - behind - group * TAP_ROWS  # newest loaded row of the gradient minus the current row
+    ahead = DEPTH - 1 - behind - group * TAP_ROWS  # newest loaded row of the gradient, relative to the current row
 
     sums = ()
     for _ in tl.static_range(TAP_ROWS * KERNEL):
@@ -374,7 +374,7 @@ def _patches(
         first = left * STRIDE + (skipped - pad)
         base = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
         source = x + ((sample * height * width + first)[:, None] * channels + c[None, :])
-        begin = tl.maximum(top, -ahead)  # rows of x before begin and from stop on contribute to no row of the gradient
+        begin = tl.maximum(top, -ahead)  # rows of the tile outside [begin, stop) contribute to no gradient row
         stop = tl.minimum(tl.minimum(top + rows_each, grad_height), grad_height - ahead + DEPTH - 1)
 
         older = ()
@@ -578,7 +578,7 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of weight, fp32 [C, 1, k, k], and bias, fp32 [C].
 
-    statistics: add the gradient through the result's mean and variance to grad_out before.
+    statistics: first add the gradient through the result's mean and variance to grad_out.
     """
     batch, channels, height, width = x.shape
     grad_height, grad_width = grad_out.shape[2:]
@@ -631,7 +631,7 @@ def weight_gradient(
 
 
 def _fit(form: tiles.Patches, x: Tensor, grad_out: Tensor, stride: int) -> dict[str, bool]:
-    """Return the constexpr arguments that say how patches fit the feature maps."""
+    """Return the constexpr arguments that describe how patches fit the feature maps."""
     height, width = grad_out.shape[2:]
     even = width % form.across == 0 and x.shape[2:] == (height * stride, width * stride)
     return {"WHOLE": even and form.across == width, "EVEN": even}

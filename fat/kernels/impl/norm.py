@@ -63,7 +63,7 @@ def _normalise(
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
-    value = tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)  # overlaps with merging the parts
+    value = tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)  # overlaps with the merge below
 
     slots = stats + sample * parts * 3
     total = tl.zeros((PARTS,), tl.float32)

@@ -18,9 +18,9 @@ from torch import Tensor
 from fat.kernels.impl import batchnorm, tiles
 from fat.kernels.impl import channel_sums as sums
 
-WIDE = (128, 64, 32)  # choices for the channels of a program
+WIDE = (128, 64, 32)  # choices for the number of channels per program
 IN_FLIGHT, WARPS = 4096, 8  # elements of each feature map that a program loads at once, 16 per thread
-PROGRAMS = 384  # target for a split reduction: nearly three programs per multiprocessor of an H100
+PROGRAMS = 384  # target number of programs of a split reduction: nearly three per H100 multiprocessor
 STEPS = 4  # tiles per program if there is no reduction
 
 

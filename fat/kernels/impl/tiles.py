@@ -17,15 +17,15 @@ IN_BLOCKS = frozenset({3, 5})
 SPREAD_ROWS = (2, 1)  # choices for the gradient rows of a thread's block in the input gradient at stride 2
 WARP = 32  # threads per warp
 MAX_WARPS = 4
-ROWS = (7, 8, 6, 5, 4)  # choices for rows per thread, best first; 7 divides every feature map of 224-pixel images
+ROWS = (7, 8, 6, 5, 4)  # choices for the rows per thread, best first; 7 divides every feature map of 224-pixel images
 MULTIPROCESSORS = 132  # number of multiprocessors of an H100 or H200
-PROGRAMS = 1056  # target for a split reduction: two programs per warp scheduler of an H100
+PROGRAMS = 1056  # target number of programs of a split reduction: two per warp scheduler of an H100
 ACROSS = (7, 8, 6, 5, 4)  # choices for columns of a patch, best first; 7 divides every feature map of 224-pixel images
 PATCH_ROWS = 14  # rows of a tile of patches; with fewer, a larger part of the gradient is loaded twice
 TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows per program; all 9 rows of 9x9 would need 81 sums per thread
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
-"""(kernel, stride, width of the gradient) for which strips compute the weight gradient faster than patches."""
-SUMMED_PARTS, SUMMED_COLUMNS = (16, 128), 32  # bounds on a weight gradient's parts; columns per iteration
+"""(kernel size, stride, width of the gradient) for which strips compute the weight gradient faster than patches."""
+SUMMED_PARTS, SUMMED_COLUMNS = (16, 128), 32  # minimum and maximum parts, and columns, that a program adds at once
 FLAT, FLAT_WARPS = 4096, 8  # elements per program of kernels that process flat arrays: 16 per thread
 COLUMN_SUMS = 4  # tiles of FLAT elements per program of a reduction over positions
 MIN_PARTS, MAX_PARTS = WARP, 256  # partial results merged per iteration; a warp merges 32 in the time of one
@@ -97,7 +97,7 @@ def spread(kernel: int, height: int, width: int, channels: int) -> Tile | Blocks
 def spread_blocks(
     kernel: int, height: int, width: int, channels: int, *, rows: int | None = None, most_warps: int = MAX_WARPS
 ) -> Blocks:
-    """Return the blocks of the input gradient at stride 2. 2 x 7 gradient positions are 56 sums: four outputs each."""
+    """Return the blocks of the input gradient at stride 2. 2 x 7 gradient positions have 4 x 14 outputs: 56 sums."""
     del kernel
     wide, across = widest(channels), best(width)
     cols = min(power_of_2(-(-width // across)), max(1, most_warps * WARP // wide))
@@ -177,7 +177,7 @@ WALKS: dict[tuple[int, int], tuple[Walk, ...]] = {
     (7, 1): (Walk(1, 1, False, 3), Walk(1, 2, False, 2), Walk(2, 1, False, 2)),
     (9, 1): (Walk(1, 2, False, 4), Walk(1, 1, False, 4), Walk(2, 1, False, 3), Walk(2, 2, False, 3)),
 }
-"""(kernel, stride) -> walks. The first one is used; benchmarks/sweep.py compares it with the others."""
+"""(kernel size, stride) -> choices of `Walk`. The first is used; benchmarks/sweep.py compares it with the others."""
 
 
 @dataclass(frozen=True)
@@ -281,14 +281,14 @@ def merge_block(parts: int) -> int:
 
 
 def widest(channels: int, choices: tuple[int, ...] = (64, 32)) -> int:
-    """Choose the channels of a tile so that the fewest threads are idle. The choices are whole cache sectors."""
+    """Choose a tile's number of channels so that the fewest threads are idle. All choices are whole cache sectors."""
     if channels <= 16:
         return 16
     return min(choices, key=lambda wide: (-(-channels // wide) * wide, -wide))
 
 
 def best(length: int, choices: tuple[int, ...] = ROWS) -> int:
-    """Choose the rows (or columns) of a tile so that the fewest are outside the feature map."""
+    """Choose a tile's number of rows (or columns) so that the fewest are outside the feature map."""
     if length < choices[0]:
         return length
     return min(choices, key=lambda rows: -(-length // rows) * rows)

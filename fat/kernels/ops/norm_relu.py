@@ -130,5 +130,5 @@ class _BatchNormReLU(torch.autograd.Function):
             count = norm.ranks * (x.numel() // x.shape[1])
             grad_x = norm_relu_gradient(grad_out, x, result, weight, mean, var, grad_bias, grad_weight, count, norm.eps)
         grad_conv_bias = None if ctx.conv_bias_dtype is None else torch.zeros_like(mean, dtype=ctx.conv_bias_dtype)
-        # The sums of this rank: weight gradients are averaged over the ranks after the backward pass.
+        # Return the sums of this rank only: weight gradients are averaged over the ranks after the backward pass.
         return grad_x, grad_conv_bias, sums[1].to(weight.dtype), sums[0].to(ctx.bias_dtype), None

@@ -50,7 +50,7 @@ class Report:
     """Kernels that were already in the cache. Kernels that are neither compiled nor cached have failed."""
     seconds: float = 0.0
     problem: str | None = None
-    """One line on everything that failed. These kernels will be compiled at their first launch."""
+    """One-line description of all failures. Kernels that failed will be compiled at their first launch."""
 
     def __str__(self) -> str:
         failed = self.total - self.compiled - self.cached
@@ -167,7 +167,7 @@ def _to_compile(launches: Sequence[Launch], target: GPUTarget) -> list[Job]:
             cached = not missing and _has_kernel(launch, target)
         except OSError:
             raise
-        except Exception:  # the job will report an invalid kernel, or find it in the cache
+        except Exception:  # the kernel's job will report the error or find the kernel in the cache
             log.debug("%s: cannot be looked up in Triton's cache", launch, exc_info=True)
             cached = False
         if not cached:
@@ -189,7 +189,7 @@ def _has_kernel(launch: Launch, target: GPUTarget) -> bool:
         if not CompiledKernel(source, group, digest).kernel:
             raise ValueError("no machine code")
         return True
-    except (KeyError, TypeError, ValueError):  # an incomplete entry, with which Triton would fail at every launch
+    except (KeyError, TypeError, ValueError):  # Triton would fail at every launch with an incomplete cache entry
         if folder := getattr(manager, "cache_dir", None):
             shutil.rmtree(folder, ignore_errors=True)
         return False
@@ -241,7 +241,7 @@ class _Result:
     """Result of a job."""
 
     compiled: bool
-    """False if the job failed or found everything in the cache."""
+    """Whether the job compiled anything. False if it failed or found everything in the cache."""
     error: str | None
 
 
@@ -256,11 +256,11 @@ def _compile(
     report: Callable[[int, int], Any] = progress or (lambda done, total: None)
     report(done, len(jobs))
     payload = pickle.dumps((divmod(target.arch, 10), min(processes, len(jobs)), list(jobs)))
-    # A new interpreter, because this one may have a CUDA context, which cannot be used after a fork.
+    # Start a new interpreter: this one may have a CUDA context, which cannot be used after a fork.
     command = [sys.executable, "-P", "-m", "fat.kernels.prefill.compiler"]
     environment = {
         **os.environ,
-        # The process forks, which is not safe with running threads.
+        # Prevent libraries from starting threads: the process forks, which is not safe with running threads.
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }

@@ -32,7 +32,7 @@ from triton.runtime.cache import triton_key
 
 from fat.kernels.prefill.launches import Launch, cuda_target
 
-MAX_ERROR = 300  # characters of an error; the line of JSON is then short enough to be written to the pipe atomically
+MAX_ERROR = 300  # maximum characters of an error message; short lines of JSON are written to the pipe atomically
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _prepare(jobs: list[Job], target: GPUTarget, folder: Path) -> None:
-    """Do what every job needs once, before forking."""
+    """Import and compute, once before forking, what every job needs."""
     for module in sorted({job.launch.module for job in jobs}):
         with suppress(Exception):  # if this fails, the jobs report the error
             import_module(module)
@@ -125,7 +125,7 @@ def _compile_and_exit(index: int, job: Job, target: GPUTarget, results: BinaryIO
 
 def _compile(job: Job, target: GPUTarget) -> bool:
     """Run a job, and return whether there was anything to compile."""
-    for extension in job.extensions:  # built first: other kernels need them even if this one fails
+    for extension in job.extensions:  # build extensions first: other jobs need them even if this kernel fails
         build.compile_module_from_src(
             extension.source,
             extension.name,

@@ -42,7 +42,7 @@ class Launch:
     attributes: dict[tuple[int, ...], Any]
     """Known properties of an argument's value, such as divisibility by 16."""
     options: dict[str, Any]
-    """Options of the backend: warps, stages, architecture and others."""
+    """Options of Triton's backend, such as numbers of warps and stages."""
 
     @property
     def source(self) -> ASTSource:

@@ -89,7 +89,7 @@ def fake_twin(model: Module) -> Module:
         if isinstance(module, FASA) and type(module).attention is FASA.attention:
             new.__class__ = GpuFASA
         elif isinstance(module, BatchNorm):
-            new.__class__ = BatchNorm  # statistics of one rank, because a collective would wait for other ranks
+            new.__class__ = BatchNorm  # uses one rank's statistics: a collective would wait for other ranks
         return new
 
     return cast(Module, twin(model))

@@ -14,8 +14,8 @@ from fat.kernels import reference
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, NORM, OPERATORS, WEIGHT_GRADIENT
 from fat.kernels.selfcheck.comparison import mismatch, poisoned_memory
 
-ODD_HEADS = 2  # number of heads; 10 of ODD_CHANNELS per head do not fill a tile
-DROP_SCALES = (0.0, 1.25)  # drop path's factors: every second sample is dropped
+ODD_HEADS = 2  # number of heads for ODD_CHANNELS: the 10 channels per head do not fill a tile
+DROP_SCALES = (0.0, 1.25)  # drop path factors of samples, alternating: every second sample is dropped
 
 # Operators with several results: each result's name, and the family that is at fault if it is wrong.
 RESULTS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -123,7 +123,7 @@ class Case:
         return _call(self._function, [a.empty() if isinstance(a, Spec) else a for a in self.arguments])
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """Return the family at fault and a description, or None if the results are right.
+        """Return the family at fault and a description, or None if the results are correct.
 
         Raises whatever the kernels raise.
         """

@@ -35,7 +35,7 @@ class Failure:
 
 
 class Check(Protocol):
-    """A comparison of one kernel family with PyTorch. `Case` checks the model's operators; augmentation has others."""
+    """A comparison of one kernel family with PyTorch. `Case` checks the model's operators; augmentation has its own."""
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class Check(Protocol):
     def dtype(self) -> str: ...
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """Return the family at fault and a description, or None if the results are right.
+        """Return the family at fault and a description, or None if the results are correct.
 
         Raises whatever the kernels raise.
         """
@@ -75,7 +75,7 @@ def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
                 continue
             try:
                 fault = check.compare(device)
-                _synchronise(device)  # an asynchronous error is raised in this check
+                _synchronise(device)  # raises asynchronous errors in the check that caused them
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

@@ -23,7 +23,7 @@ from fat.model import MIN_SIZE, Stage, Trunk
 BATCH = 2
 LARGEST_ODD = 31  # maximum rows of the first stage's feature map at the odd image size
 STEM_STRIDE = 4
-ODD_CHANNELS = 20  # number of channels that is no multiple of a tile's channels or of a 16-byte access
+ODD_CHANNELS = 20  # a number of channels that is not a multiple of a tile's channels or of 16 bytes
 
 
 def cases(
@@ -50,7 +50,8 @@ def cases(
     wanted = dict.fromkeys(case for calls in found for case in calls)
     if gradients:
         real, odd_calls = found[0], found[-1]
-        # Calls at the odd image size that use the same tiles, and so the same compiled kernels, as the model's own.
+        # Keep calls at the odd image size only if they use the same tiles, and so the same compiled kernels, as the
+        # calls at the model's image size.
         same_tiles = [o for r, o in _paired(real, odd_calls) if o.map_rows() and _tiles(r) == _tiles(o)]
         odd_channels = _odd_channels(same_tiles or odd_calls)
         wanted = dict.fromkeys([*real, *found[1], *same_tiles, *odd_channels, *_many_tiles(real)])
