@@ -127,7 +127,7 @@ class BackgroundLoader(ABC):
 
     def _stream(self, started: threading.Event) -> Iterator[Batch]:
         # One PyTorch thread: an OpenMP team that the decoder's threads preempt would mostly wait for its own members.
-        # The first call of get_num_threads in a thread copies the global number; a later call would undo this setting.
+        # The first call of get_num_threads in a thread copies the global number, so it must precede set_num_threads.
         torch.get_num_threads()
         torch.set_num_threads(1)
         started.set()
@@ -169,7 +169,7 @@ class BackgroundLoader(ABC):
         evaluation: bool = False,
         normalisation: Normalisation | None = None,
     ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
-        """Decode, crop, resize and flip. Yields images [n, size, size, 3] on the device (see `Decoder`)."""
+        """Decode, crop, resize and flip images; yield [n, size, size, 3] on the device (see `Decoder`)."""
         decoder = make_decoder(
             self._loader,
             self._options,

@@ -24,8 +24,8 @@ class Batch:
     """int64 [B], NumPy: sample ids of the plan. They differ from `ids` in rows whose sample is bad: in training the row
     contains a replacement sample, in evaluation it is masked out."""
     mask: torch.Tensor
-    """bool [B]: True for rows that count. In evaluation False for padding rows and rows of bad samples; in training
-    always True."""
+    """bool [B]: True for rows with a valid sample. In evaluation, False for padding rows and rows of bad samples; in
+    training, always True."""
     lam: torch.Tensor | None = None
     """float32 [B], 0 to 1: weight of a row's own label; the label of its partner (row i ^ 1) has weight 1 - lam. None:
     no row is mixed."""

@@ -14,7 +14,7 @@ from pipeline.batch import Batch, timed_event
 
 
 class StreamEvent(Protocol):
-    """A point in the work of a CUDA stream: the part of `torch.cuda.Event` (with timing) that is used here."""
+    """A point in the work of a CUDA stream, with the methods of `torch.cuda.Event` that this module uses."""
 
     def query(self) -> bool:
         """Return whether the device has reached the event."""

@@ -24,13 +24,13 @@ from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
 
-# timm's name for crop size / resized size in evaluation: 224 pixels are cropped from 256.
+# Crop size / resized size in evaluation (timm's `crop_pct`): 224 pixels are cropped from 256.
 CROP_PCT = 0.875
 # Ratio of the longer to the shorter side above which an image is cropped before it is resized for evaluation.
 MAX_ASPECT = 8
 # Source pixels that the bicubic filter reads on each side of its centre; multiplied by the scale when downsampling.
 CUBIC_SUPPORT = 2
-# Steps whose mixing parameters are drawn together, which needs a sixteenth of the NumPy calls.
+# Number of steps whose mixing parameters are drawn together, which needs a sixteenth of the NumPy calls.
 MIX_STEPS = 16
 
 
@@ -133,7 +133,7 @@ class TrainJobs(Jobs):
 
 @dataclass(kw_only=True)
 class EvalJobs(Jobs):
-    """The batches of one rank of an evaluation: resize the short side to size / crop_pct, then crop the centre."""
+    """The batches of one rank of an evaluation: the centre of images whose short side is resized to size / crop_pct."""
 
     plan: EvalPlan
     shard_samples: NDArray[np.int64]
@@ -170,7 +170,7 @@ class JobStream:
     jobs: Jobs
     options: LoaderOptions
     beton: bool = False
-    """Read the split's .beton file, if it has one, even if it also has tar shards."""
+    """Whether to read the split's .beton file, if it has one, even if it also has tar shards."""
 
     def reader(self, buffers: BufferPool) -> SampleReader:
         """Return a reader of the split that stores the encoded images in `buffers`."""
@@ -200,7 +200,7 @@ class JobStream:
 def open_reader(
     dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: BufferPool | None = None, beton: bool = False
 ) -> SampleReader:
-    """Return a reader of a split that is configured by loader options."""
+    """Return a reader of a split, configured by loader options."""
     storage = open_storage(dataset, split, beton=beton)
     threads = options.settings.read_threads
     return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers)

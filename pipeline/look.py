@@ -85,7 +85,7 @@ class Look:
 
         check_output(self.out, "--out", FORMATS)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
-        # Bytes of the contact sheet, and of the float32 batch.
+        # Size in bytes of the contact sheet and the float32 batch.
         needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)
         check_memory(f"--count {self.count}, --size {self.size}", needed, "use a smaller --count or --size")
         from_environment = os.environ.get("FAT_CACHE")
@@ -103,7 +103,7 @@ class Look:
         kind = FORMATS[self.out.suffix.lower()]
         try:
             sheet.save(image, kind)
-        except (OSError, ValueError) as error:  # too large for the format, or no encoder for it
+        except (OSError, ValueError) as error:  # the image is too large for the format, or Pillow has no encoder
             raise UserError(
                 f"--out {self.out}: Pillow cannot write {sheet.width} x {sheet.height} pixels as {kind} ({error}); "
                 "use a smaller --count, or a .png file"

@@ -26,7 +26,7 @@ ReadThreads = Annotated[int, Interval(ge=1, le=1024)]
 DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
 Ahead = Annotated[int, Interval(ge=0, le=256)]
 AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
-MAX_PREALLOCATED = 1 << 27  # pixels per decoder thread, 0.4 GB
+MAX_PREALLOCATED = 1 << 27  # maximum preallocated pixels per decoder thread (0.4 GB)
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
@@ -36,7 +36,7 @@ class LoaderSettings:
     `DaliOptions`."""
 
     read_threads: int = 32
-    """Enough to keep the decoder busy on a file system with 20 ms per read; idle threads cost nothing."""
+    """Enough threads to keep the decoder busy on file systems with 20 ms per read; idle threads cost nothing."""
     read_ahead: int = 4
     decode_threads: int = field(default_factory=cores)
     decode_ahead: int = 2

@@ -40,7 +40,7 @@ class Position(NamedTuple):
     epoch: int
     """Epoch, counted from 0."""
     step: int
-    """Global batches of this epoch that come before it, from 0."""
+    """Step within the epoch: the number of earlier global batches of this epoch."""
 
 
 class ShardRequest(NamedTuple):
@@ -163,7 +163,7 @@ class TrainPlan:
         parts = []
         for lane in self._lanes(rows):
             start, stop = max(rows.start, lane * self.lane_rows), min(rows.stop, (lane + 1) * self.lane_rows)
-            shift = (position.step - lane) * self.lane_rows  # position in the lane minus row of the batch
+            shift = (position.step - lane) * self.lane_rows  # position in the lane minus row number in the batch
             parts.append(self._lane_ids(position.epoch, lane, start + shift, stop + shift))
         return np.concatenate(parts)
 
@@ -237,7 +237,7 @@ class TrainPlan:
         order = np.argsort(bits(Stream.SHUFFLE_BLOCK_ORDER, self.seed, epoch, lane, offsets), kind="stable")
         block = self._resolve(self._order(epoch), lane * self.lane_samples + offsets[order])
         self._blocks[key] = block
-        # Two blocks per lane, because a step may span two blocks and the reader runs ahead of the consumer.
+        # Cache two blocks per lane, because a step may span two blocks and the reader runs ahead of the consumer.
         if len(self._blocks) > 2 * self.lanes:
             self._blocks.popitem(last=False)
         return block
@@ -256,7 +256,7 @@ class TrainPlan:
             offset=int(bits(Stream.ROTATION, self.seed, epoch)) % self.samples,
         )
         self._orders[epoch] = order
-        if len(self._orders) > 2:  # keep the current epoch and the epoch of prefetching
+        if len(self._orders) > 2:  # keep the orders of the current and the prefetched epoch
             self._orders.popitem(last=False)
         return order
 
@@ -319,7 +319,7 @@ class EvalPlan:
         return ids
 
     def shard_requests(self, shard_samples: NDArray[np.integer] | list[int]) -> Iterator[ShardRequest]:
-        """Yield the shards that the steps are read from, one request per shard.
+        """Yield the shards that the samples of the steps are read from, one request per shard.
 
         Args:
             shard_samples: number of samples of each shard of the split, integers [shards].

@@ -117,13 +117,13 @@ def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np
     d = alpha + 1.0 - 1.0 / 3.0
 
     def attempt(*numbered: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return log(v) and whether it is accepted, for keys that end in the number of the attempt."""
+        """Return log(v) and whether the attempt is accepted, for keys that end in the number of the attempt."""
         x = normal(stream, *numbered, 0)
         root = 1.0 + x / np.sqrt(9.0 * d)
         v = root * root * root
         log_v = 3.0 * log(np.maximum(root, 1e-300))
         log_u = log(1.0 - uniform(stream, *numbered, 1))
-        # A root <= 0 is never accepted, because its log_v is too low.
+        # An attempt with root <= 0 is never accepted, because clamping root makes log_v very negative.
         return log_v, log_u < 0.5 * x * x + d - d * v + d * log_v
 
     words = np.broadcast_arrays(*map(_as_u64, key))
@@ -209,8 +209,8 @@ def _horner(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDArray[
 _EXP = tuple(1.0 / factorial(n) for n in range(15))
 _ATANH = tuple(1.0 / (2 * n + 1) for n in range(12))
 
-# Numerator and denominator, the constant term first, for |p - 1/2| <= 0.425, for tails with sqrt(-log p) <= 5, and for
-# the tails beyond.
+# Coefficients of numerator and denominator, the constant term first, for |p - 1/2| <= 0.425, for tails with
+# sqrt(-log p) <= 5, and for the remaining tails.
 _AS241_MIDDLE = (
     (3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
      45921.953931549871457, 67265.770927008700853, 33430.575583588128105, 2509.0809287301226727),

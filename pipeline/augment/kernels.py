@@ -30,12 +30,12 @@ def available(device: torch.device) -> bool:
 
 
 def switched_off() -> frozenset[str]:
-    """Return the families that are disabled."""
+    """Return the kernel families that are disabled."""
     return _off
 
 
 def disable(*families: str) -> None:
-    """Run these families in PyTorch from now on, in all threads.
+    """Disable these kernel families from now on, in all threads, so that PyTorch does their work.
 
     Raises:
         ValueError: a family is unknown.
@@ -47,7 +47,7 @@ def disable(*families: str) -> None:
 
 @contextmanager
 def disabled(*families: str) -> Iterator[None]:
-    """Context manager in which exactly these families are disabled, in all threads.
+    """Disable exactly these kernel families inside a `with` block, in all threads.
 
     Raises:
         ValueError: a family is unknown.

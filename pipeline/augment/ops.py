@@ -1,4 +1,4 @@
-"""The fifteen operations of RandAugment: their names, and the argument that a magnitude stands for."""
+"""The fifteen operations of RandAugment: their names, and the conversion of magnitudes to arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def arguments(
             become weaker with it, and the factors range from 0.1 to 1.9.
 
     Returns:
-        float64 of the broadcast shape.
+        float64 arguments, of the shape to which the inputs broadcast.
     """
     level = magnitudes / MAX_MAGNITUDE
     bits, threshold = np.trunc(level * 4.0), np.minimum(np.trunc(level * 256.0), 256.0)

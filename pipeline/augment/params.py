@@ -23,9 +23,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 TRIES = 10  # attempts to draw a crop or an erasing box that fits
-CENTRE_FRACTION = 224 / 256  # side of the centre crop / short side, as in evaluation (224 of 256 pixels)
-ERASE_AREA = (0.02, 1 / 3)  # smallest and largest box, as a fraction of the sample's area
-ERASE_ASPECT = (0.3, 1 / 0.3)  # smallest and largest height / width of the box
+CENTRE_FRACTION = 224 / 256  # side of the centre crop divided by the image's short side, as in evaluation
+ERASE_AREA = (0.02, 1 / 3)  # smallest and largest area of the erased box, as fractions of the sample's area
+ERASE_ASPECT = (0.3, 1 / 0.3)  # smallest and largest aspect ratio (height / width) of the erased box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def cutmix_box(lam: Floats, centre: Ints, size: int) -> tuple[Boxes, Floats]:
 
 
 def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tuple[Ints, Bools, Floats, Floats]:
-    """Draw operations, whether they are applied, magnitudes and arguments, [n, K] each."""
+    """Draw RandAugment operations, whether each is applied, their magnitudes and their arguments, [n, K] each."""
     policy = recipe.policy
     if policy is None:
         none = np.zeros((len(ids), 0))
@@ -219,7 +219,7 @@ def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tu
 
 
 def _erase_boxes(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> Boxes:
-    """Draw one box per sample, smaller than the sample. It is all 0 if nothing is erased or none of ten draws fits."""
+    """Draw one erased box per sample, smaller than the sample. All 0: nothing is erased, or no attempt fits."""
     all_boxes = np.zeros((len(ids), 4), np.int32)
     erased: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
     ids = ids[erased]
@@ -241,19 +241,19 @@ def _tries(stream: Stream, seed: int, epoch: int, ids: Ints) -> Floats:
 def _placed(
     key: tuple[Stream, int, int, Ints], sides: tuple[Floats, Floats], room: tuple[Ints | int, Ints | int], fits: Bools
 ) -> Boxes:
-    """Place the first attempt that fits at a uniformly drawn position; int32 [n, 4].
+    """Place the first drawn box that fits at a uniformly drawn position; int32 [n, 4].
 
     Args:
-        key: key of the draws, followed by the number of the attempt and a word: 2 for y, 3 for x.
-        sides: heights and widths of the attempts, [n, TRIES] each.
+        key: key of the draws, to which the number of the attempt and 2 (for y) or 3 (for x) are appended.
+        sides: heights and widths of the drawn boxes, [n, TRIES] each.
         room: heights and widths of the images.
-        fits: bool [n, TRIES]: whether the attempt fits into the image.
+        fits: bool [n, TRIES]: whether the box fits into the image.
     """
     rows, first = np.arange(len(fits)), fits.argmax(axis=1)
     h, w = (side[rows, first] for side in sides)
     height, width = room
     down, right = rng.uniform(*key, first, np.arange(2, 4)[:, None])
-    # If no attempt fits, the result is meaningless and the caller replaces it; the maximum keeps it in range.
+    # If no box fits, the caller replaces the result; the maximum only keeps the range of the draw positive.
     y, x = down * np.maximum(height - h + 1, 1), right * np.maximum(width - w + 1, 1)
     return np.stack([y, x, h, w], axis=1).astype(np.int32)
 

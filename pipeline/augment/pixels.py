@@ -153,16 +153,16 @@ class BatchAugment:
 
 @dataclass(frozen=True)
 class Stage:
-    """At most one operation on each row of a batch. Every row is in exactly one group."""
+    """Groups that apply at most one operation to each row of a batch. Every row is in exactly one group."""
 
     groups: list[RowGroup]
-    """Functions of (images, tensors, fill), each with its arrays: first its rows, then its arguments."""
+    """Functions of (images, tensors, fill), each with its arrays: its row indices, then the operations' arguments."""
     order: NDArray[np.int64]
     """int64 [B]: index of each row of the batch in the concatenated results of the groups."""
 
     @staticmethod
     def of(groups: list[RowGroup], batch: int) -> Stage:
-        """Return a stage of these groups and one more group with the unchanged rows."""
+        """Return a stage that consists of these groups and a group of the unchanged rows."""
         changed = np.concatenate([arrays[0] for _, arrays in groups])
         groups = [*groups, (_unchanged, [np.setdiff1d(np.arange(batch), changed)])]
         return Stage(groups, np.argsort(np.concatenate([arrays[0] for _, arrays in groups])))
@@ -223,7 +223,7 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
 def _scale_and_offset(
     mean: Colour, std: Colour, width: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Return scale and offset of a row of pixels, float32 [width * 3]; broadcasting three channels would be slow.
+    """Return the scale and offset that normalise a row of pixels, float32 [width * 3]; broadcasting would be slow.
 
     Cached per stream, because another stream would have to wait for the upload.
     """

@@ -1,4 +1,4 @@
-"""The augmentation recipe, and the recipes that have a name: fat, light and none."""
+"""The augmentation recipe, and the named recipes: fat, light and none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RandAugment:
     magnitude: int = 10
     """Mean magnitude, 0 to 10 (`m`)."""
     layers: int = 2
-    """Operations drawn per image, with replacement, 0 to 16 (`n`)."""
+    """Number of operations drawn per image, with replacement, 0 to 16 (`n`)."""
     probability: float = 0.5
     """Probability that a drawn operation is applied (`p`)."""
     std: float = 0.0
@@ -182,7 +182,7 @@ def scale_and_offset(mean: Colour, std: Colour, pixels: int = 1) -> tuple[NDArra
 
     Args:
         mean, std: per channel, for values in 0 to 1.
-        pixels: how often to repeat the three channels.
+        pixels: number of repetitions of the three channels.
 
     Returns:
         scale, offset: float32 [pixels * 3].

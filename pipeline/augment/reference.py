@@ -36,7 +36,7 @@ def reference_sample(image: Image.Image, recipe: AugmentRecipe, params: SamplePa
 
 
 def crop(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> Image.Image:
-    """Crop, resize (bicubic, antialiased) and flip."""
+    """Crop, resize (bicubic, antialiased) and flip the source image of sample `i`."""
     y, x, height, width = params.windows[i].tolist()
     size = (recipe.size, recipe.size)
     image = image.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.BICUBIC)

@@ -20,10 +20,10 @@ from pipeline.augment.pixels import BatchAugment, launch_all
 from pipeline.augment.recipe import AugmentRecipe
 
 SEED = 1
-ROUNDING = 2.0**-18  # fraction of the largest value: float32 arithmetic with or without fused multiply-add
+ROUNDING = 2.0**-18  # tolerance, a fraction of the largest value: fused multiply-add rounds differently
 ODD_SIZE = 37
 MAGNITUDE = 8.7
-ERASE_PROBABILITY = 0.7  # used if the recipe has random erasing
+ERASE_PROBABILITY = 0.7  # replaces the erasing probability of a recipe with random erasing
 FINISHING_BATCH = 8  # number of samples
 
 

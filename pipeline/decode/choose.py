@@ -33,7 +33,7 @@ def make_decoder(
     """Create a decoder. Only the library that it uses is imported.
 
     Args:
-        loader: which decoder.
+        loader: name of the decoder.
         options: threads, queue sizes and options of the decoder.
         size: side of the output in pixels.
         batch: rows of the largest batch.

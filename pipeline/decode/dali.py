@@ -23,7 +23,7 @@ from shards.errors import UserError, first_line
 
 T = TypeVar("T")
 
-# Delivered batches that are kept alive until the consumer's stream has read them; with more, `keep` waits.
+# Maximum number of delivered batches kept alive until the consumer's stream has read them; beyond it, `keep` waits.
 MAX_KEPT = 4
 
 
@@ -120,7 +120,7 @@ class DaliDecoder:
         )
         with pipeline:
             count = 3 if not self._on_gpu else 5 if self.evaluation else 4
-            # no_copy: this thread would copy while it holds the interpreter lock (2.5 of 3.8 ms for 256 photos).
+            # Without no_copy, this thread would copy while holding the interpreter lock (2.5 of 3.8 ms for 256 photos).
             # `decode` keeps the arrays alive until DALI has decoded them.
             encoded, start, shape, *rest = fn.external_source(
                 source=source, num_outputs=count, batch=True, no_copy=True

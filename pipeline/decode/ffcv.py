@@ -35,7 +35,7 @@ except (ImportError, OSError) as error:  # OSError: a shared library that FFCV w
 T = TypeVar("T")
 
 IMAGES_PER_TASK = 8
-IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))  # keeps the pixel values 0 to 255
+IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))  # leaves pixel values in 0 to 255
 
 
 @dataclass
@@ -133,7 +133,7 @@ def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:
     n = len(job.encoded.ids)
     rows = job.encoded.rows
     sides = np.stack([rows["height"], rows["width"]], axis=1)
-    # OpenCV resizes to whole pixels only. For an image of extreme aspect ratio this may be off by half a pixel.
+    # OpenCV resizes to whole pixels only. For images of extreme aspect ratio, the size may be off by half a pixel.
     resize, anchor = map(np.rint, job.resized_windows(size))
     flip = np.zeros(n) if job.flip is None else job.flip
     return np.concatenate([sides, job.window, resize, np.minimum(anchor, resize - size), flip[:, None]], axis=1).astype(

@@ -29,7 +29,7 @@ import torch
 from pipeline.options import LoaderOptions
 from shards.errors import first_line
 
-# From nvjpeg.h.
+# Constants from nvjpeg.h.
 BACKEND_HARDWARE = 3
 ARCH_MISMATCH = 7
 
@@ -58,7 +58,7 @@ def find_jpeg_engine(device: torch.device) -> JpegEngine:
     if device.type != "cuda":
         return JpegEngine(usable=False, found="no GPU")
     with torch.cuda.device(device):
-        torch.empty(1, device=device)  # create a CUDA context: nvJPEG uses the device of the current one
+        torch.empty(1, device=device)  # create a CUDA context: nvJPEG uses the device of the current context
         return query_nvjpeg(ctypes.CDLL, nvjpeg_paths())
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.storage.reader import Encoded
 from shards.errors import UserError
 
-if TYPE_CHECKING:  # `pipeline.jobs` must not import torch
+if TYPE_CHECKING:  # not at run time: `pipeline.jobs` must not import torch
     import torch
 
 T = TypeVar("T")

@@ -43,7 +43,7 @@ class Resizer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def __call__(self, windows: Sequence[Pixels], job: DecodeJob) -> torch.Tensor:
-        """Return the batch: uint8 [n, size, size, 3], or float32 if normalised, in memory that is not used again.
+        """Return the batch: uint8 [n, size, size, 3], or float32 if normalised; the caller owns its memory.
 
         Args:
             windows: the decoded crop window of each image, uint8 [height, width, 3]; may be overwritten after the call.

@@ -48,7 +48,7 @@ class BatchMessage:
     batch: PreparedBatch
     """The batch without its images."""
     spans: NDArray[np.int64]
-    """int64 [n, 3]: buffer number, first byte and end of each image."""
+    """int64 [n, 3]: buffer number, start offset and end offset in bytes of each image."""
     bad_ids: set[int]
     """Ids of all bad samples found so far."""
     dropped: list[int]
@@ -112,7 +112,7 @@ class Channel:
         return pickle.loads(body), handles.tolist()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until a message arrives or the peer closes the channel. Return False after `seconds`."""
+        """Wait until a message arrives or the peer closes the channel. Return False after `seconds` without either."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
@@ -128,7 +128,7 @@ class Channel:
 
 
 def with_images(batch: PreparedBatch, images: list[NDArray[np.uint8]]) -> PreparedBatch:
-    """Return the batch with other encoded images."""
+    """Return a copy of the batch with these encoded images."""
     encoded = dataclasses.replace(batch.job.encoded, images=images)
     return dataclasses.replace(batch, job=dataclasses.replace(batch.job, encoded=encoded))
 

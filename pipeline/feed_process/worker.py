@@ -35,7 +35,7 @@ from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
 from shards.redact import protect_output, redacted_traceback
 
-# Batches that are sent before the training process has received them: one is decoded while another is prepared.
+# Maximum number of batches sent but not yet received: one is decoded while another is prepared.
 SENT_AHEAD = 2
 _PR_SET_PDEATHSIG = 1
 

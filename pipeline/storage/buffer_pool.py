@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from shards.errors import first_line
 
-if TYPE_CHECKING:  # `pipeline.jobs` must not import torch
+if TYPE_CHECKING:  # not at run time: `pipeline.jobs` must not import torch
     import torch
 
 log = logging.getLogger(__name__)
 
 _KEPT = 8  # maximum number of free buffers, more than a loader uses at a time
-_SIZES_PER_OCTAVE_BITS = 3  # sizes are rounded up to 4 sizes per octave, so that batches of similar size share buffers
+_SIZES_PER_OCTAVE_BITS = 3  # buffer sizes are rounded up to 4 per octave, so that batches of similar size share buffers
 
 
 class BufferPool:
@@ -67,7 +67,7 @@ class BufferPool:
             try:
                 pinned: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
                 return pinned
-            except RuntimeError as error:  # pageable memory works too, only slower
+            except RuntimeError as error:  # pageable memory works too, but is slower
                 self._pinned = False
                 log.warning(
                     "cannot page-lock memory for encoded images (%s); using pageable memory, decoding will be slower",

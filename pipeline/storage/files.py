@@ -22,7 +22,7 @@ MAX_OPEN = 256
 
 
 class Interrupted(Exception):
-    """The reader is being closed."""
+    """A read was interrupted because the reader is being closed."""
 
 
 class ShardFiles(Protocol):
@@ -72,13 +72,13 @@ class ShardFiles(Protocol):
 
 
 class LocalFiles:
-    """Files on local or mounted file systems. When too many are open, the one that was opened first is closed.
+    """Files on local or mounted file systems. Beyond `max_open` files, the one that was opened first is closed.
 
     Files are not memory-mapped: truncation of a mapped file raises SIGBUS, page faults are slow on network file
     systems, and thousands of shards exceed the limit of mappings.
 
     Args:
-        max_open: maximum number of open descriptors. None: `MAX_OPEN`, or fewer if the process may open few files.
+        max_open: maximum number of open descriptors. None: `MAX_OPEN`, or fewer if the process's limit is lower.
     """
 
     def __init__(self, paths: Sequence[Path], *, max_open: int | None = None) -> None:

@@ -42,9 +42,9 @@ class Storage:
     """Offsets, sizes and hashes of the stored bytes (JPEGs or pixels)."""
     files: ShardFiles
     one_file: bool = False
-    """All shards are byte ranges of one file."""
+    """Whether all shards are byte ranges of one file."""
     pixels: bool = False
-    """The file is a .beton that may store pixels. A JPEG is smaller than its pixels, so the size distinguishes them."""
+    """Whether the file is a .beton, which may store pixels. Pixels are recognised by size: a JPEG is smaller."""
     starts: NDArray[np.int64] | None = None
     """int64 [shards]: offset at which each file begins in the .beton, if the files are segments of one."""
 

@@ -22,14 +22,14 @@ from shards.errors import ShardSetError, StorageFailed
 T = TypeVar("T")
 
 Sample = tuple[int, int, int, int | None]
-"""Row in the batch, file, offset, expected hash (None: not verified)."""
+"""A sample to read: row in the batch, file number, offset in bytes, expected hash (None: not verified)."""
 
 # Number of threads that start batches and read from the page cache. More threads do not make these reads faster.
 BATCH_THREADS = 2
-# Samples per task: enough to amortise the overhead of a task, few enough that a small batch uses many threads.
+# Number of samples per task: enough to amortise a task's overhead, few enough that a small batch uses many threads.
 SAMPLES_PER_TASK = 8
 
-# Attempts to read a sample with the right hash: its bytes may have been damaged in transfer.
+# Number of attempts to read a sample with the right hash: its bytes may have been damaged in transfer.
 READ_ATTEMPTS = 2
 
 
@@ -151,7 +151,7 @@ class SampleReader:
         self.close()
 
     def _start(self, ids: Ids) -> Started:
-        """Read samples that are in the page cache, and submit tasks that read the others.
+        """Read samples that are in the page cache, and submit tasks that read the remaining samples.
 
         Reading from the page cache in more threads would not be faster: they would wait for the interpreter lock.
         """

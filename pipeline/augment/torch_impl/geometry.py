@@ -73,7 +73,7 @@ def _resample(images: Tensor, maps: Tensor, *, fill: tuple[int, int, int], taps_
     x = torch.arange(width, dtype=torch.float64, device=device) + 0.5
     y = torch.arange(height, dtype=torch.float64, device=device)[:, None] + 0.5
     first = torch.arange(0, count * height, height, dtype=torch.int32, device=device).view(count, 1, 1)
-    columns, rows = x.to(torch.int32), y.to(torch.int32) + first  # truncation removes the 0.5 again
+    columns, rows = x.to(torch.int32), y.to(torch.int32) + first  # truncation removes the 0.5 of pixel centres
     inside = torch.ones_like(maps[:, :1, None], dtype=torch.bool)
     if taps_x == 4:
         inside, columns, fraction_x = _neighbours(a * x + b * y + c, width)

@@ -29,7 +29,7 @@ OPS = (
     Op.CONTRAST,
     Op.BRIGHTNESS,
 )
-HISTOGRAM_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # their tables depend on the image's histogram
+HISTOGRAM_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # operations whose tables depend on the image's histogram
 LEVELS = 256
 # PIL's mode L: ITU-R 601-2 weights of red, green and blue in 16-bit fixed point, with rounding.
 LUMA, LUMA_HALF, LUMA_BITS = (19595, 38470, 7471), 0x8000, 16
@@ -39,8 +39,8 @@ def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -
     """Return the arrays that `run` needs.
 
     Returns:
-        The tables of the host, uint8 [n, 256], with the identity for operations whose table the device computes; the
-        rows of AutoContrast, Equalize and Contrast, int64 each; the factors of Contrast, float32.
+        The tables computed on the host, uint8 [n, 256], with the identity for operations whose table the device
+        computes; the rows of AutoContrast, Equalize and Contrast, int64 each; the factors of Contrast, float32.
     """
     contrast = np.flatnonzero(ops == Op.CONTRAST)
     return [
@@ -71,7 +71,7 @@ def _posterize(old: NDArray[np.int64], kept_bits: NDArray[np.float64]) -> NDArra
     return (old >> dropped) << dropped
 
 
-# From the old values [256] and the arguments [n, 1] to the new values, [n, 256] or [256].
+# Functions that map the old values [256] and the arguments [n, 1] to the new values, [n, 256] or [256].
 _HOST_TABLES: dict[Op, Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[Any]]] = {
     Op.INVERT: lambda old, _: 255 - old,
     Op.POSTERIZE: _posterize,

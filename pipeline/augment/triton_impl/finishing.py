@@ -119,7 +119,7 @@ def finish(
 
     Args:
         images: uint8 [B, H, W, 3], contiguous; B is even if rows are mixed.
-        params: parameters of the B samples; only the erasing is used.
+        params: parameters of the B samples; only those of erasing are used.
         mixing: mixing parameters of the B rows. None: rows are not mixed.
         quantiles: quantiles of the standard normal, float32 [65536].
         mean, std: per channel, for values in 0 to 1.

@@ -1,4 +1,4 @@
-"""Schedule RandAugment as passes over the batch: which operation each sample gets in which pass.
+"""Schedule RandAugment as passes over the batch: determine the operation of each sample in each pass.
 
 A pass applies the next operation of every sample that has one left, regardless of the layer it was drawn for. A sample
 without an operation in a pass is neither read nor written. The host computes the passes from the drawn parameters.
@@ -79,7 +79,7 @@ def plan_passes(params: SampleParams, height: int, width: int, *, flip: bool) ->
         rows = np.flatnonzero(code != COPY) if done else np.arange(batch)
         # Rotations first: they are the slowest, and the device would be underused if a pass ended with a few of them.
         rows = rows[np.argsort(code[rows] != Op.ROTATE, kind="stable")]
-        half = np.maximum(count[rows] - 1 - done, 0) % 2  # alternate between halves, so that the last is the first half
+        half = np.maximum(count[rows] - 1 - done, 0) % 2  # alternate between halves; the last pass writes the first
         source = rows + batch * (1 - half) if done else rows
         jobs = np.stack([code[rows], source, rows + batch * half], axis=1)
         passes.append(_make_pass(jobs, arguments[rows, done], height, width))
@@ -87,7 +87,7 @@ def plan_passes(params: SampleParams, height: int, width: int, *, flip: bool) ->
 
 
 def _make_pass(jobs: NDArray[np.int64], arguments: NDArray[np.float64], height: int, width: int) -> OpPass:
-    """Return the pass of jobs, int64 [n, 3] (operation, source, target), and their arguments, float64 [n]."""
+    """Return the pass that runs jobs, int64 [n, 3] (operation, source, target), with arguments, float64 [n]."""
     codes = jobs[:, 0]
     by_table = _BY_TABLE[codes]
     table = np.where(by_table, np.cumsum(by_table) - 1, NO_TABLE)

@@ -18,7 +18,7 @@ from pipeline.augment.torch_impl import blend, tables
 from pipeline.augment.transfer import upload
 from pipeline.augment.triton_impl import passes
 
-TILE, PART, WARPS = 2048, 128, 4  # pixels per program of `_apply`; pixels per iteration if it reads neighbours
+TILE, PART, WARPS = 2048, 128, 4  # pixels per program of `_apply`, and per iteration if an operation reads neighbours
 BLOCK, HISTOGRAM_WARPS = 4096, 16  # pixels per iteration of `_histogram_tables`
 CHANNELS = tl.constexpr(3)
 JOB, MAP = tl.constexpr(4), tl.constexpr(6)  # columns of `OpPass.jobs` and `OpPass.numbers`
@@ -187,7 +187,7 @@ def _blend_smooth(value, total, inner, factor):
 
 @triton.jit
 def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr):
-    """Resample pixels bicubically by an affine map: red, green, blue (int32), and whether the source is in the image.
+    """Resample bicubically by an affine map; return red, green, blue (int32), and whether the source is in the image.
 
     The map is computed in float64, like in PIL, so that pixels on the edge are classified in the same way.
     """
@@ -214,7 +214,7 @@ def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, 
 
 @triton.jit
 def _locate(source, size):
-    """Return whether a coordinate is in the image, the second of its neighbours, and its distance from this one."""
+    """Return whether a coordinate is in the image, the second of its four neighbours, and its distance from it."""
     before = tl.floor(source - 0.5)
     return (source >= 0) & (source < size), before.to(tl.int32), (source - 0.5 - before).to(tl.float32)
 

@@ -172,7 +172,7 @@ class Cache:
             handle = None if entry is None or entry.size != size else self._open_part(entry, inside)
             if entry is None or handle is None:
                 if entry is not None and not self._eviction.evict(CachedFile(entry, entry.part, 0, 0), root, record):
-                    return Busy(path, 0)  # another process downloads the file with another size; `lease` will reject it
+                    return Busy(path, 0)  # another process expects a different size; `lease` will reject the file
                 self._eviction.make_room(size, path, root, record, limit=self.limit)
                 entry = new_entry(folder, name, size)
                 record.put(entry)
@@ -240,7 +240,7 @@ class Cache:
     def _fault(
         self, path: Path, handle: int, size: int, digest: str, check_interrupt: Callable[[], None]
     ) -> str | None:
-        """Describe what is wrong with the file; None if it is good."""
+        """Describe what is wrong with the file; return None if its size and hash are right."""
         found = os.fstat(handle)
         if found.st_size != size:
             return f"expected {size:,} bytes, found {found.st_size:,}"

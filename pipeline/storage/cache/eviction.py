@@ -65,7 +65,7 @@ class Eviction:
         """Evict the least recently used files until `size` bytes fit; evict none if that is impossible.
 
         Raises:
-            CacheFull: the file is larger than `limit`, or too many files are in use.
+            CacheFull: the file is larger than `limit`, or the files in use leave too little space.
             DiskFull: the disk is too full, because of files of other programs.
         """
         if size > limit:
@@ -117,13 +117,13 @@ class Eviction:
             return False
 
     def _free(self) -> float:
-        """Return the free bytes of the file system; infinity if it does not report them, as some FUSE systems."""
+        """Return the free bytes of the file system; infinity if it reports none (some FUSE systems)."""
         usage = shutil.disk_usage(self.folder.path)
         return usage.free if usage.total else math.inf
 
 
 def _find(entry: Entry, folder: int) -> CachedFile | None:
-    """Find the complete or the partial file."""
+    """Find the complete or partial file of an entry in its folder; return None if it does not exist."""
     for name in (entry.name, entry.part) if entry.state == "whole" else (entry.part,):
         found = status_of(name, folder)
         if found is not None and stat.S_ISREG(found.st_mode):

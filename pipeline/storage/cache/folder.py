@@ -23,12 +23,12 @@ from shards.files.waiting import Wait, lock_holder
 from shards.schema import parse_json
 
 NAME = "fat-pipeline-cache"
-"""Name of the subfolder; the user id or `shared` follows."""
+"""Prefix of the subfolder's name, followed by the user id or `shared`."""
 MARKER = ".fat-pipeline-cache.json"
 LOCK = ".lock"
 LOCK_SECONDS = 60.0
 """Timeout in seconds for the folder's lock, which is normally held only while a few files are removed."""
-_UNUSUAL_SECONDS = 0.5  # waiting time before the holder is searched, which takes milliseconds
+_UNUSUAL_SECONDS = 0.5  # waiting time before the lock's holder is looked up, which takes milliseconds
 _MARKER_LIMIT = 4096
 REMEDY = "remove it, or specify another folder with --cache"
 END_PROCESS = "end that process, or resume it if it is suspended"
@@ -41,7 +41,7 @@ class CacheLocked(StorageFailed):
 @dataclass(frozen=True)
 class _Marker:
     identity: Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
-    """Random; part of the hash of every line of the record."""
+    """Random identity of the folder, part of the hash of every line of the record."""
     format: Literal["fat-pipeline cache"] = "fat-pipeline cache"
     version: Literal[1] = 1
 
@@ -116,7 +116,7 @@ class CacheFolder:
             locked = False
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = os.fstat(lock).st_nlink > 0  # without a link, the file was removed and may have been recreated
+                locked = os.fstat(lock).st_nlink > 0  # without a link, the lock file was removed, maybe recreated
             except BlockingIOError:
                 if wait is None:
                     wait, since = Wait("", limit=LOCK_SECONDS, remedy=END_PROCESS), time.monotonic()

@@ -67,7 +67,7 @@ class PartialFile:
 
         Raises:
             DiskFull: the disk is full; the partial file was removed to free space for other programs.
-            StorageFailed: the disk failed otherwise.
+            StorageFailed: the disk failed for another reason.
         """
         view = memoryview(content)
         with cache_errors(self._cache.parent, self.discard):

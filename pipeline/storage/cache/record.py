@@ -33,7 +33,7 @@ _MAX_STALE = 2000
 
 State = Literal["part", "whole", "gone"]
 Key = tuple[str, str]
-"""(folder of the set, name of the file)."""
+"""Key of a recorded file: (folder of the set, name of the file)."""
 _Token = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
 _LINE = TypeAdapter(tuple[State, FileName, FileName, Count, _Token])
 

@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 STALL_SECONDS = 30.0
 STALL_BYTES = 30 << 10
-"""A transfer of fewer bytes than this in `STALL_SECONDS` (1 KiB/s) has stalled."""
+"""Minimum bytes per `STALL_SECONDS` (1 KiB/s); a slower transfer has stalled."""
 HAND_OVER_SECONDS = 5.0
-"""After this time an incomplete piece is returned, so that processes waiting for the file see it grow."""
+"""Seconds after which an incomplete piece is returned, so that processes waiting for the file see it grow."""
 OBJECT_RATE = 128 << 10
-"""Bytes/s. A request to a file system that does not report progress may take `STALL_SECONDS` plus size / rate."""
+"""Rate in bytes/s. Without progress reports, a request may take `STALL_SECONDS` plus size / rate."""
 _READ = 256 << 10  # maximum bytes per read from a connection
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
 
@@ -106,7 +106,7 @@ class WebBody(Body):
                     break
         except Exception:
             if self.stop is None or len(content) < STALL_BYTES:
-                raise  # a sufficient part of a piece is returned
+                raise  # otherwise return the part of the piece that was received
         return bytes(content)
 
     async def _some(self, response: aiohttp.ClientResponse, size: int) -> bytes:
@@ -249,7 +249,7 @@ class ObjectBody(Body):
 def _in_thread(work: Callable[[], T]) -> concurrent.futures.Future[T]:
     """Run a call that may block forever in a daemon thread, which does not delay the exit of the process."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # prevents cancellation: set_result would then raise
+    future.set_running_or_notify_cancel()  # prevents cancellation, after which set_result would raise
 
     def run() -> None:
         try:

@@ -31,7 +31,7 @@ from shards.redact import redact
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
-"""Time without progress after which requests are no longer repeated."""
+"""Seconds without progress after which requests are no longer repeated."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests; doubled after each failure
 PIECE = 8 << 20  # maximum bytes per request and per yielded piece
 _POLL_SECONDS = 0.1
@@ -250,7 +250,7 @@ def _web_options(url: str) -> dict[str, Any]:
     """Return options for fsspec's web file system: use ~/.netrc and the proxies of the environment, if they exist."""
     import fsspec
 
-    # NETRC is not an option of this project: curl, requests and aiohttp read it too.
+    # The variable NETRC is not an option of this project: curl, requests and aiohttp read it too.
     netrc = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     if urlsplit(url).scheme not in ("http", "https") or not (netrc.exists() or getproxies_environment()):
         return {}

@@ -63,7 +63,7 @@ def too_short(url: str, expected: int, found: int) -> str:
 def permanent_failure(error: BaseException) -> str | None:
     """Return a message for a permanent error, or None for a transient one. No other code classifies these errors."""
     for cause in _chain(error):
-        fact = getattr(cause, "verify_message", None)  # None for errors of other types
+        fact = getattr(cause, "verify_message", None)  # only TLS certificate errors have it
         if isinstance(cause, ssl.SSLCertVerificationError) and fact:
             return (
                 f"the server's TLS certificate is not trusted ({fact}); set SSL_CERT_FILE (for s3://: AWS_CA_BUNDLE) "

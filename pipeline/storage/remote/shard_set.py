@@ -96,7 +96,7 @@ class RemoteSet(ShardSet):
         super().__init__(folder, manifest=content)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Omit the connection and the leases. The leases of this process also protect the files of unpickled copies."""
+        """Pickle without connection and leases. This process's leases also protect the files of unpickled copies."""
         staged = self._staged | self._indexes.keys()
         return super().__getstate__() | {"_remote": None, "_own_leases": [], "_staged": staged}
 

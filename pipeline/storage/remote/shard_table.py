@@ -80,7 +80,7 @@ class ShardTable:
         shard = self._shards[file]
         if isinstance(lease, int):
             shard.state, shard.lease, shard.progress = ShardState.LOCAL, lease, Progress()
-            self.release(file)  # the shard may not be requested any more after the download
+            self.release(file)  # requests for the shard may have been dropped during the download
         else:
             shard.state, shard.retry_at = ShardState.REMOTE, retry_at
 

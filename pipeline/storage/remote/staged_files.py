@@ -36,7 +36,7 @@ NO_ROOM_SECONDS = 60.0
 """Timeout in seconds for free cache space, for servers without range requests."""
 RETRY_SECONDS = 0.2
 FULL_CACHE_SECONDS = 5.0
-"""Pause before the next attempt to stage into a full or locked cache."""
+"""Pause in seconds before the next attempt to stage into a full or locked cache."""
 
 
 class StagedFiles:

@@ -21,12 +21,12 @@ from shards.files.waiting import Wait
 
 log = logging.getLogger(__name__)
 
-CHUNK = 8 << 20  # bytes of an interrupted download that are hashed at once
+CHUNK = 8 << 20  # bytes per read when an interrupted download is hashed
 MAX_DOWNLOADS = 3  # attempts to download a file with the right hash
 STALLED_SECONDS = 120.0
-"""Timeout without progress of another process that downloads a file; longer than its own `client.RETRY_SECONDS`."""
+"""Timeout in seconds for a download by another process without progress; longer than `client.RETRY_SECONDS`."""
 FETCH_SECONDS = 1800.0
-"""Timeout for the complete download by another process."""
+"""Timeout in seconds for the complete download by another process."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class StagedFile:
 
 
 def whole_file(name: str, size: int, digest: str) -> StagedFile:
-    """Describe a file that is staged completely and under its own name."""
+    """Describe a file that is staged completely, under its name on the server."""
     return StagedFile(name, size, digest, name)
 
 
 def stage(
     file: StagedFile, remote: Remote, cache: Cache, folder: Path, *, check_interrupt: Callable[[], None] = lambda: None
 ) -> int | Busy:
-    """Download a file into the cache unless it is there. An interrupted download of any process is resumed.
+    """Download a file into the cache unless the cache contains it. An interrupted download of any process is resumed.
 
     Args:
         folder: folder of the set in the cache.
