@@ -37,7 +37,7 @@ def quota() -> int | None:
 
 
 def limit_openmp() -> None:
-    """Limit OpenMP to the CPU quota, which it ignores by itself. Call this before importing libraries that use it."""
+    """Limit OpenMP to the CPU quota, which OpenMP does not detect. Call this before importing libraries that use it."""
     if quota() is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 

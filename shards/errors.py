@@ -35,7 +35,7 @@ class ShardSetError(UserError):
 
 
 class StorageFailed(ShardSetError):
-    """A storage operation failed. The failure may be temporary, so that a new start can succeed."""
+    """A storage operation failed. The failure may be temporary, so a restart may succeed."""
 
     exit_code = 1
 
@@ -48,9 +48,9 @@ def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again
         remedy: what to do if the file is missing.
 
     Returns:
-        A `ShardSetError` (exit status 2) if the file is missing or not a file, because a new start would fail the same
+        A `ShardSetError` (exit status 2) if the file is missing or not a file, because a restart would fail in the same
         way; a `StorageFailed` (exit status 1) if the storage failed (I/O error, stale handle, no permission, too many
-        open files), because a new start may succeed.
+        open files), because a restart may succeed.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         fact = "missing" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
@@ -87,7 +87,7 @@ def open_files_error(error: BaseException) -> StorageFailed | None:
     while found is not None:
         if isinstance(found, OSError) and found.errno in (errno.EMFILE, errno.ENFILE):
             break
-        if os.strerror(errno.EMFILE) in str(found):  # ImportError of a shared library, RuntimeError of torch
+        if os.strerror(errno.EMFILE) in str(found):  # for example, an ImportError or torch's RuntimeError
             found = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             break
         chained = isinstance(found, OSError | ImportError | RuntimeError) and not found.__suppress_context__

@@ -8,10 +8,10 @@ from __future__ import annotations
 import resource
 
 TARGET_LIMIT = 4096
-"""Enough for all components. A much larger limit slows down libraries that iterate over all possible descriptors."""
+"""Sufficient limit of open files. A much larger one slows down libraries that iterate over all possible descriptors."""
 RECOMMENDED_LIMIT = 1024
-"""Enough for every command; recommended in messages."""
-_COMPONENTS = 4  # two shard readers (training, evaluation), and as many files for libraries and sockets
+"""Limit of open files that is enough for every command; recommended in messages."""
+_COMPONENTS = 4  # a quarter of the limit for each of two shard readers (training, evaluation), half for other files
 _MIN_FILES = 4
 
 
@@ -29,7 +29,7 @@ def limit() -> int:
 
 
 def how_to_raise_limit() -> str:
-    """Return the command that increases the limit, for messages, or where an administrator can increase it."""
+    """Return, for messages, the command that increases the limit of open files, or advice for an administrator."""
     recommended = max(RECOMMENDED_LIMIT, 2 * limit())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or recommended <= hard:

@@ -35,7 +35,7 @@ Seed = Annotated[int, Interval(ge=0, lt=1 << 63)]
 Steps = Annotated[int, Interval(ge=1, le=10**12)]
 """Number of optimizer steps."""
 Seconds = Annotated[float, Interval(ge=0, le=10**8)]
-"""Up to three years, which all system timers support."""
+"""Duration in seconds, up to three years, which all system timers support."""
 Side = Annotated[int, Interval(ge=1, le=8192)]
 """Side of a square image, in pixels."""
 MAX_BATCH = 1_000_000
@@ -47,7 +47,7 @@ def check_ranges(options: Any) -> None:
     """Raise an error if a number in a field of a dataclass is outside the range of the field.
 
     Raises:
-        UserError: with the option, its value and the allowed range.
+        UserError: a number is out of range; the message contains the option, its value and the allowed range.
     """
     kind: type = type(options)
     for name, hint in _numeric_fields(kind):
@@ -60,7 +60,7 @@ def check_ranges(options: Any) -> None:
 
 
 def ranges_of(hint: Any) -> Iterator[tuple[type, Interval | None]]:
-    """Yield (int or float, range) for every number in a type; the range is None if it has none."""
+    """Yield (int or float, range) for every number in a type; the range is None if the number has none."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         base, *metadata = typing.get_args(hint)

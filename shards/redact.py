@@ -23,7 +23,7 @@ _QUERY = re.compile(r"(:/{1,2}[^\s?#\"'<>]*\?)[^\s#\"'<>]+")
 # that are not UTF-8). Other characters that are not `str.isprintable`, such as U+3000 and joiners, occur in real names.
 _ESCAPED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
-_PATH = r"(?<![^\s'\"(])"  # lookbehind: start of a path
+_PATH = r"(?<![^\s'\"(])"  # the lookbehind matches only at the start of a path
 
 
 def redact(text: str) -> str:
@@ -99,7 +99,7 @@ def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     record = _plain_record(*args, **kwargs)
     try:
         record.msg, record.args = redact(record.getMessage()), None
-    except (TypeError, ValueError):  # arguments that do not match the format; logging reports this itself
+    except (TypeError, ValueError):  # the log call's arguments do not match its format; logging reports this
         return record
     if record.exc_info and record.exc_info[1] is not None:
         record.exc_text = redacted_traceback(record.exc_info[1])

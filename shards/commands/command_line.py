@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from shards.format.dataset import ShardSet
 
 MAX_SHARD_SIZE = 2**20
-"""In MiB: 1 TiB. Readers download whole shards."""
+"""Maximum shard size in MiB (1 TiB), because readers download whole shards."""
 MAX_SMART_RATIO = 1e6
 MAX_PHOTOS = 2_000_000
-"""More images than ImageNet-1K has: about 220 GB."""
+"""Maximum number of photos: more images than ImageNet-1K has, about 220 GB in total."""
 Side = Annotated[int, Interval(ge=1, le=MAX_SIDE)]
 Workers = Annotated[int, Interval(ge=1, le=4096)]
 

@@ -1,7 +1,7 @@
 """`pipeline index`: turn existing WebDataset tars into a shard set in place, without copying them.
 
-Only an index and a manifest are written next to the tars. The samples keep their order, so the manifest records that
-the set was not shuffled by this project, and the mean length of the runs of one class.
+Only an index and a manifest are written next to the tars. The samples keep their order. The manifest records that this
+project did not shuffle them, and the mean number of consecutive samples with the same label.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class IndexedTar:
     rejected: list[Reject]
     labels: FileLabels
     listed: NDArray[np.int64]
-    """int64 [samples]: labels of all samples including rejected ones, numbered as in `labels` until the tars are
-    joined."""
+    """int64 [samples]: labels of all samples including rejected ones, numbered as in `labels` until the rows of
+    all tars are joined."""
     blank: int
     """Number of images that are nearly black or of a single color."""
     unused: tuple[UnusedEntry, ...]
@@ -112,7 +112,7 @@ def index_tars(
         if tar.is_dir():
             raise UserError(f"{tar}: is a folder; specify the tars in it")
     if classes is not None:
-        read_classes(classes)  # report errors in the class list before the tars are read, which takes long
+        read_classes(classes)  # report errors in the class list before the tars are read, because that is slow
     jobs = [IndexJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = assign_splits([job.tar for job in jobs], folder)
     notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.all_notes(set(named.splits.values()))]
@@ -123,7 +123,7 @@ def index_tars(
         remedy = f"an index must be next to its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
         print_notes(notes, warnings)
-        if strict and warnings:  # fail before the tars are read, which takes long
+        if strict and warnings:  # fail before the tars are read, because that is slow
             raise UserError(_strict_error(folder, warnings))
         work.create()
         try:
@@ -140,7 +140,7 @@ def index_tars(
                     warnings=warnings,
                 )
         finally:
-            # After a failure, only the work folder identifies the published list of rejects as created by this project.
+            # After a failure, keep the work folder: only it records that this project created the rejects.jsonl.
             if (folder / MANIFEST_NAME).exists() or not work.has_published():
                 work.remove()
 
@@ -227,7 +227,7 @@ def _class_warnings(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) ->
 
 
 def class_run(shards: list[Index]) -> float:
-    """Return the mean length of runs of one label, in row order. For shuffled samples it is slightly above 1."""
+    """Return the mean number of consecutive rows with the same label. For shuffled samples it is slightly above 1."""
     labels = np.concatenate([rows["label"] for rows in shards])
     return round(len(labels) / (1 + np.count_nonzero(labels[1:] != labels[:-1])), 2)
 

@@ -21,7 +21,7 @@ from shards.files.output import check_output_folder
 
 DIGIT_SIDE = 64
 DIGIT_QUALITY = 95
-DIGITS_IN_VAL = 360  # a fifth of the 1797 digits
+DIGITS_IN_VAL = 360  # validation images: a fifth of the 1797 digits
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # (width, height) and fraction of images, like ImageNet's training images: most are 500 pixels wide or high.
@@ -167,7 +167,7 @@ def _draw_crop(available: tuple[int, int], draw: random.Random) -> _Crop:
     (size,) = draw.choices(sizes, weights)
     zoom, limit = draw.uniform(*PHOTO_ZOOM), min(available[0] / size[0], available[1] / size[1])
     if zoom > limit:
-        zoom = limit * draw.uniform(0.8, 1.0)  # at the maximum zoom, all crops would have the same window
+        zoom = limit * draw.uniform(0.8, 1.0)  # at the limit, all crops of this size would be the same window
     width, height = int(size[0] * zoom), int(size[1] * zoom)
     left, top = draw.randint(0, available[0] - width), draw.randint(0, available[1] - height)
     return _Crop((left, top, width, height), size)

@@ -10,7 +10,7 @@ from shards.format.manifest import REJECTS_NAME
 from shards.sources.naming.class_warnings import count_labels
 
 SHOWN = 10
-"""Maximum number of reasons that are listed of each kind, the most frequent first."""
+"""Maximum number of reasons listed per kind of line, such as `rejected`; the most frequent reasons are listed."""
 
 
 def summarize(shard_set: ShardSet) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _total(counts: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _sorted(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, int]]:
-    """Return (split, reason, images), the most frequent first."""
+    """Return (split, reason, number of images) tuples, with the most frequent reason first."""
     flat = [(split, reason, count) for split, reasons in counts.items() for reason, count in reasons.items()]
     return sorted(flat, key=lambda one: -one[2])
 

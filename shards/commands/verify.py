@@ -1,7 +1,7 @@
 """`pipeline verify`: check every byte of a set.
 
-The index determines the offset and the content of every header, image, label and padding of a tar. So a fault is
-reported with its shard, offset and key.
+The index determines the offset and the content of every header, image, label and padding of a tar. Each fault
+is therefore reported with its shard, offset and key.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ShardCheck:
     rows: Index
     """`INDEX_DTYPE` [samples of the shard]."""
     indexed_in_place: bool
-    """The tar was indexed in place: only the offsets of its images are known."""
+    """Whether the tar was indexed in place, so that only the offsets of its images are known."""
 
 
 def verify(path: Path, workers: int | None = None) -> list[str]:
@@ -107,7 +107,7 @@ def _hash(file: FileIO) -> str:
 
 
 def _shard_checks(shard_set: ShardSet, split: str) -> list[ShardCheck]:
-    """Return the checks of a split's tars, with the index rows of each."""
+    """Return one check per tar of a split, with the tar's index rows."""
     index, entries = shard_set.index(split), shard_set.split(split).shards
     indexed_in_place = not shard_set.manifest.shuffled
     ends = np.cumsum(shard_set.shard_samples(split)).tolist()

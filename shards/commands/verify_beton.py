@@ -34,7 +34,7 @@ class SegmentCheck:
     first: int
     """Sample id of the segment's first image."""
     offsets: NDArray[np.int64]
-    """int64 [samples of the segment], from the start of the file."""
+    """int64 [samples of the segment]: offset of each image from the start of the file."""
     sizes: NDArray[np.int64]
     """int64 [samples of the segment]: stored bytes."""
     hashes: NDArray[np.uint64]
@@ -45,7 +45,7 @@ def check_beton(shard_set: ShardSet, split: str) -> tuple[list[str], list[Segmen
     """Check the index, size, header, metadata and allocation table of a split's .beton.
 
     Returns:
-        One line per fault, and the checks of the segments, which remain to be done.
+        One line per fault, and the checks of the segments, which the caller must run.
 
     Raises:
         ShardSetError: the index is damaged.

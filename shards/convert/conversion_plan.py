@@ -14,10 +14,10 @@ from shards.sources.unused import UnusedEntry
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """The decisions of a conversion. Saved, so that a resumed conversion makes the same ones."""
+    """The decisions of a conversion. They are saved so that a resumed conversion makes the same decisions."""
 
     tool: str
-    """Name and version; another version may write different bytes."""
+    """Name and version of this project; another version may write different bytes."""
     options: dict[str, Any]
     """All options that affect the bytes of the set; must be the same on resume."""
     source: str
@@ -30,12 +30,12 @@ class ConversionPlan:
     """Split -> number of shards."""
     unused: tuple[UnusedEntry, ...]
     notes: tuple[str, ...]
-    """Notes about the source, for printing and the manifest."""
+    """Notes about the source, which are printed and written to the manifest."""
     warnings: tuple[str, ...]
     """Warnings about likely mistakes in the source; --strict fails on them."""
     folders: dict[str, int]
-    """Parent folder of the folders with images or archives, percent-encoded -> modification time, in seconds since
-    1970."""
+    """Percent-encoded path of each parent folder of an archive or of a folder with images -> its modification time, in
+    seconds since 1970."""
     source_files: dict[str, Digest]
     """Path of each Parquet file, relative to the source -> its digest."""
     files: dict[str, Digest]

@@ -153,7 +153,7 @@ def default_out(source: Path) -> Path:
 
 
 def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
-    """Scan the source, assign samples to shards and save the plan, in one process while the others wait for it."""
+    """Scan the source, assign samples to shards and save the plan in one process, while the other processes wait."""
     if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
         raise UserError(f"{work.out}: is not empty and not a shard set; specify another --out, or remove it")
     work.create()
@@ -189,7 +189,7 @@ def _check_outside(out: Path, source: Path) -> None:
 @cached_folder_listings()
 def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     key = json.dumps([tool_version(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
-    spool = work.begin_scan(key)  # created before listing, as a reference for the folders' times
+    spool = work.begin_scan(key)  # created before listing, so that folders modified later have a newer time
     layout = detect_layout(source.absolute())
     if (options.scan.layout or layout) == "folder":
         _check_outside(work.out, source.absolute())
@@ -242,7 +242,7 @@ def _fail_on_warnings(source: Path, warnings: Sequence[str]) -> None:
     """Raise an error if there are warnings about likely mistakes in the source.
 
     Raises:
-        UserError: with the first warning.
+        UserError: there are warnings; the message contains the first one.
     """
     if warnings:
         raise UserError(f"{source}: --strict: {summarize_warnings(warnings)}; correct the source, or omit --strict")
@@ -251,7 +251,7 @@ def _fail_on_warnings(source: Path, warnings: Sequence[str]) -> None:
 def _accept_finished(
     work: WorkFolder, manifest: Manifest, source: Path | None, layout: Layout | None = None, *, strict: bool
 ) -> None:
-    """Check that a finished set was converted from `source`, and remove the rest of its work folder."""
+    """Check that a finished set was converted from `source`, and remove what remains of its work folder."""
     if source is not None:
         check_finished(work, manifest, source, layout)
     if strict:

@@ -100,7 +100,7 @@ def join(
     record_source(work.out, plan.source)
     publish_manifest(work, manifest)
     rewritten = sum(shard.rewritten for shard in done.values())
-    if rewritten:  # print only: a set with the same bytes must have the same manifest
+    if rewritten:  # only printed: the manifest must be the same for all sets with the same bytes
         fact = f"{rewritten:,} files were modified after they were listed, without a change of size"
         print_notes([f"{fact}; the set contains their content at the time of reading"])
     work.remove()
@@ -121,12 +121,12 @@ def print_notes(notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> None
 
 
 def summarize_warnings(warnings: Sequence[str]) -> str:
-    """Return the first warning and the number of others."""
+    """Return the first warning and the number of further warnings."""
     return warnings[0] + (f" (and {len(warnings) - 1:,} more warnings)" if len(warnings) > 1 else "")
 
 
 def _image_warnings(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
-    """Return the warnings that are only known once the images were read."""
+    """Return the warnings that are only known after the images have been read."""
     classes = len(plan.classes)
     lines: list[str] = []
     for split in plan.shards:

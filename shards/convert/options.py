@@ -24,7 +24,7 @@ class Options:
 
     scan: ScanOptions = field(default_factory=ScanOptions)
     shard_bytes: int = 256 * MIB
-    """Maximum size of a shard."""
+    """Maximum size of a shard, in bytes."""
     rules: ImageRules = field(default_factory=ImageRules)
     max_rejects: float = MAX_REJECTS
     """Maximum fraction of images that may be rejected."""

@@ -24,7 +24,7 @@ class ConversionPart:
         """Parse K/N.
 
         Raises:
-            UserError: not of the form K/N with 1 <= K <= N.
+            UserError: the text is not of the form K/N with 1 <= K <= N.
         """
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -51,7 +51,7 @@ def lock_part(work: WorkFolder, part: ConversionPart) -> Iterator[None]:
     """Lock a part while the block runs. Fails if another process uses a different number of parts.
 
     Raises:
-        LockHeld: another process is writing this part, or a part of a different number of parts, whose shards overlap.
+        LockHeld: another process is writing this part, or uses a different number of parts, so that shards overlap.
     """
     with file_lock(work.path / part.lock_name, f"part {part} of {work.out}"):
         for other in work.path.glob("part-*.lock"):

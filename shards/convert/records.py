@@ -58,7 +58,7 @@ class Published:
 
     bytes: Count
     hash: Digest | None
-    """xxh3-64 of the file; None for a .beton file, which would take too long to hash."""
+    """xxh3-64 of the file; None for a .beton file, because hashing it would take too long."""
 
 
 def save_record(path: Path, schema: TypeAdapter[T], record: T) -> None:

@@ -18,7 +18,7 @@ class Reject(TypedDict):
 
     split: str
     image: str
-    """Class and file name, or tar and member name."""
+    """Name of the image: class and file name, or tar and member name."""
     reason: str
 
 
@@ -34,7 +34,7 @@ def write_rejects(work: WorkFolder, rejects: list[Reject], kept: int, max_fracti
         xxh3-64 of the file; None if no image was rejected, in which case no file is written.
 
     Raises:
-        ConversionFailed: more images were rejected. The file is kept.
+        ConversionFailed: more than `max_fraction` of the images were rejected. The file is kept.
         UserError: a rejects.jsonl exists that this project did not create.
     """
     path = work.out / REJECTS_NAME
@@ -61,7 +61,7 @@ def count_reasons(rejects: list[Reject], split: str) -> dict[str, int]:
 
 
 def first_rejects(folder: Path) -> dict[tuple[str, str], str]:
-    """Return the first image of each (split, reason) in rejects.jsonl; empty if it is missing or damaged."""
+    """Return the first image of each (split, reason) in rejects.jsonl; empty if the file is missing or damaged."""
     first: dict[tuple[str, str], str] = {}
     with suppress(OSError, ValueError, LookupError, TypeError), (folder / REJECTS_NAME).open(encoding="utf-8") as lines:
         for line in lines:

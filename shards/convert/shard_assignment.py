@@ -35,7 +35,7 @@ def assign_to_shards(listing: Listing, split: str, seed: int, shard_bytes: int) 
         count=len(listing),
     )
     rows = listing.rows[np.argsort(draws, kind="stable")]
-    # Larger images are rejected without being read. A sparse file may claim any size.
+    # Limit the sizes, because larger images are rejected unread, and a sparse file may have any apparent size.
     sizes = np.minimum(rows["size"], MAX_ENCODED).astype(np.int64)
     ends = np.cumsum(member_bytes(sizes) + member_bytes(np.int64(LABEL_BYTES)))
     total = int(ends[-1])

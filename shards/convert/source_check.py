@@ -198,7 +198,7 @@ class _Items:
     marks: NDArray[np.uint64]
     """uint64 [items]: size of each image, or digest of each file."""
     name: Callable[[int], str]
-    """Returns the path of an item."""
+    """Function that returns the path of an item."""
 
     @classmethod
     def of_files(cls, files: Mapping[str, str]) -> _Items:
@@ -236,7 +236,7 @@ class _Items:
 
 
 def _modified_items(found: _Items, listed: _Items) -> NDArray[np.bool_]:
-    """Return which items were listed with a different size or digest: bool [found]."""
+    """Return bool [found items]: True for each item that was listed with a different size or digest."""
     differ = np.zeros(len(found.keys), dtype=bool)
     _, in_found, in_listed = np.intersect1d(found.keys, listed.keys, return_indices=True)
     differ[in_found] = found.marks[in_found] != listed.marks[in_listed]
@@ -246,9 +246,9 @@ def _modified_items(found: _Items, listed: _Items) -> NDArray[np.bool_]:
 def _may_have_changed(work: WorkFolder, plan: ConversionPlan) -> bool:
     """Return whether a listed folder or archive, or a parent folder of one, may have changed since the listing.
 
-    This includes one that was modified in the same second in which the listing started, because times are in seconds.
+    This includes a change in the same second in which the listing started, because times are in whole seconds.
     """
-    if plan.layout == "parquet":  # the listing has only unpacked files; comparing the source is fast
+    if plan.layout == "parquet":  # the listing has only the unpacked files, and Parquet files are fast to compare
         return True
     scan_start = int(work.scan_time())
     times = [(Path(os.fsdecode(unquote_to_bytes(path))), mtime) for path, mtime in plan.folders.items()]
@@ -265,7 +265,7 @@ def _may_have_changed(work: WorkFolder, plan: ConversionPlan) -> bool:
 
 
 def folder_times(listings: Mapping[str, Listing], source: Path, out: Path) -> dict[str, int]:
-    """Return the modification times of the parent folders of all containers of a listing, in seconds since 1970.
+    """Return the modification times of the parent folders of all listed folders and archives, in seconds since 1970.
 
     The parent folder of the set is excluded, because creating the set changes it. Paths are percent-encoded, because
     they may not be valid UTF-8.
@@ -280,6 +280,6 @@ def _identity_now(source: Path, layout: Layout) -> Identity | UserError:
     try:
         return current_identity(source.absolute(), layout)
     except UserError as error:
-        if error.exit_code != UserError.exit_code:  # the storage failed, not the source
+        if error.exit_code != UserError.exit_code:  # the storage failed; the source may be valid
             raise
         return error

@@ -1,7 +1,7 @@
 """The work folder of a conversion: the conversion plan, the listing, and records of the finished shards.
 
-All files are written atomically and carry hashes, so later damage is detected. A damaged record of a shard is written
-again from the source. The folder is removed when the manifest is written.
+All files are written atomically and carry hashes, so later damage is detected. A shard with a damaged record is
+written again from the source. The folder is removed when the manifest is written.
 
 It also records which files this project created; other files with the same names are never replaced.
 """
@@ -74,7 +74,7 @@ class WorkFolder(PublishedFiles):
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise foreign_file(self.path, "is a file") from None
-        # In this order, because a process that started at the same time may create the marker in between.
+        # Check for files first, because a process that started at the same time may create the marker in between.
         empty = next(self.path.iterdir(), None) is None
         if not empty and not self.is_valid():
             raise foreign_file(self.path, f"is a folder without {MARKER} in it")
@@ -133,7 +133,7 @@ class WorkFolder(PublishedFiles):
         """Check that existing tars and .idx files were created by this project from images of these shards.
 
         Raises:
-            UserError: a file was not.
+            UserError: a file was created by another program or from other images.
         """
         for shard in shards if self.keeps_tars else ():
             tar = self.tar(split, shard)
@@ -165,7 +165,7 @@ class WorkFolder(PublishedFiles):
         return plan
 
     def check_listing(self, plan: ConversionPlan) -> None:
-        """Check the hashes of the listing's files, once per start, before worker processes map them.
+        """Check the hashes of the listing's files, once per run, before worker processes memory-map them.
 
         Raises:
             UserError: a file is missing or damaged.

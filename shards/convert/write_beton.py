@@ -86,7 +86,7 @@ def _publish_index(work: WorkFolder, split: str, shards: list[int], samples: int
 
 
 def _is_published(work: WorkFolder, split: str, shards: list[int]) -> bool:
-    """Return whether the .beton is published. If its record is damaged, it is moved back and will be written again."""
+    """Return whether the .beton is published. If a record is damaged, the file is moved back to be written again."""
     if not work.beton(split).exists():
         return False
     if all(work.is_segment_done(split, shard) for shard in shards):

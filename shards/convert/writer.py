@@ -102,9 +102,9 @@ class ContainerReader:
         """Return the encoded image.
 
         Raises:
-            Rejected: a dangling symbolic link, or a file that is too large for an image.
+            Rejected: the file is a dangling symbolic link, or too large for an image.
             ConversionFailed: the file or archive has changed since it was listed.
-            StorageFailed: it cannot be read.
+            StorageFailed: the file or archive cannot be read.
         """
         if entry.size > MAX_ENCODED:
             raise Rejected(f"{entry.size:,} bytes, more than the {MAX_ENCODED:,} bytes that are allowed")

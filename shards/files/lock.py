@@ -76,7 +76,7 @@ def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
         finally:
             stop.set()
             beat.join()
-            # A network file system may have lost the file. The work is done, and a remaining owner becomes stale.
+            # Ignore errors, such as a file that a network file system lost: an owner that remains in it becomes stale.
             with contextlib.suppress(OSError):
                 os.ftruncate(handle, 0)
     finally:

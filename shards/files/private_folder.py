@@ -49,8 +49,8 @@ def open_folder(
         A descriptor, which the caller closes.
 
     Raises:
-        NotPrivate: a symbolic link, not a folder, or writable by everyone. Unless shared, also if it is writable by the
-            group or owned by another user.
+        NotPrivate: the path is a symbolic link, not a folder, or writable by everyone. Unless shared, also if it is
+            writable by the group or owned by another user.
         OSError: the folder cannot be created or opened.
     """
     name = folder if inside is None else folder.name
@@ -93,12 +93,12 @@ def open_file(name: str, flags: int, *, folder: int, path: Path, remedy: str, sh
         shared: the file may belong to another user.
 
     Raises:
-        NotPrivate: a symbolic link, not a regular file or, unless shared, owned by another user.
+        NotPrivate: the path is a symbolic link, not a regular file or, unless shared, owned by another user.
         OSError: the file cannot be opened; FileNotFoundError if it does not exist.
     """
     mode = SHARED_FILE if shared else PRIVATE_FILE
     try:
-        # O_NONBLOCK: opening a FIFO would otherwise wait for its other end.
+        # O_NONBLOCK: opening a FIFO would otherwise block until another process opens its other end.
         handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder)
     except PermissionError as error:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -156,7 +156,7 @@ def create_private_folder(folder: Path, *, remedy: str, group: bool = False) -> 
 
 
 def _grant_group_access(handle: int, parent: os.stat_result) -> None:
-    """Grant the parent folder's group access, or the user's own group if the user is not in the parent's group."""
+    """Grant access to the parent folder's group, or to the user's own group if the user is not in that group."""
     with contextlib.suppress(PermissionError):
         os.fchown(handle, -1, parent.st_gid)
     os.fchmod(handle, SHARED_FOLDER)

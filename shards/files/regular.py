@@ -61,7 +61,7 @@ def open_with_status(path: Path | bytes, flags: int = os.O_RDONLY) -> tuple[int,
     try:
         handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the first error is reported
+        with contextlib.suppress(OSError):  # if stat also fails, report the error of open
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode):
                 raise NotRegular(path, kind(mode)) from error
@@ -90,7 +90,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     try:
         if status.st_size > limit:
             raise UserError(f"{path}: {status.st_size:,} bytes, more than the {limit:,} bytes that are allowed")
-        # A growing file, or one in /proc (size 0), may be longer. Buffers have the size of the file, not the limit.
+        # Allocate the size of the file, not the limit. A growing file, or one in /proc (size 0), may have more bytes.
         content = read_up_to(handle, status.st_size + 1)
         if len(content) > status.st_size:
             content += read_up_to(handle, limit + 1 - len(content))

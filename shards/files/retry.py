@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_SECONDS = 10.0
-"""Time limit for retrying a read after a transient error."""
+"""Time limit in seconds for retrying a read after a transient error."""
 TRANSIENT = frozenset(
     {
         *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN),
         *(errno.EMFILE, errno.ENFILE),
     }
 )
-"""Errors of network file systems while a server restarts or its route changes, and of too many open files."""
+"""Transient errors: those of network file systems whose server restarts or is unreachable, and too many open files."""
 _PAUSE_SECONDS = 0.2
 
 
 class WarningThrottle:
-    """Limits a warning of many threads to one per `REPEAT_SECONDS`. Thread-safe."""
+    """Limits a warning that many threads may log to one per `REPEAT_SECONDS`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -14,10 +14,10 @@ from shards.errors import UserError
 from shards.files.private_folder import create_private_folder
 from shards.redact import printable
 
-_VARIABLES = ("TMPDIR", "TEMP", "TMP")  # read in this order by Python's tempfile
+_VARIABLES = ("TMPDIR", "TEMP", "TMP")  # in the order in which Python's tempfile reads them
 _SOCKET_PATH = 107
 """Maximum length of the path of a Unix socket in bytes (unix(7): 108 with the terminating NUL)."""
-_IN_FOLDER = len("/pymp-01234567/listener-01234567")  # multiprocessing appends this to the temporary folder
+_IN_FOLDER = len("/pymp-01234567/listener-01234567")  # multiprocessing appends such names to the path
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -52,7 +52,7 @@ def prepare_sockets() -> None:
     try:
         given = str(temporary_folder())
         problem = f"TMPDIR={given}: path too long for sockets"
-    except UserError as error:  # /dev/shm may still work
+    except UserError as error:  # a folder in _SHORT, such as /dev/shm, may still be writable
         given, problem = "", str(error).partition(";")[0]
     for folder in (given, os.environ.get("XDG_RUNTIME_DIR", ""), *_SHORT):
         if not folder or len(os.fsencode(os.path.abspath(folder))) + _IN_FOLDER > _SOCKET_PATH:
@@ -81,7 +81,7 @@ def prepare_caches() -> None:
         UserError: the folder cannot be created, or another user owns it; the message names the variable to set.
     """
     named = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(named or os.path.expanduser("~/.cache"))  # unchanged for a user without a home folder
+    cache = Path(named or os.path.expanduser("~/.cache"))  # remains ~/.cache if the user has no home folder
     cause = f"XDG_CACHE_HOME={named}" if named else f"HOME={os.environ.get('HOME', '')}"
     if not _can_create(cache):
         folder = temporary_folder() / f"fat-pipeline-cache-{os.geteuid()}"

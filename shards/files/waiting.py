@@ -68,8 +68,8 @@ def lock_holder(handle: int) -> str:
         locks = [line.split() for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return "another process"
-    # Waiting processes have an arrow in the second column. For some file systems (btrfs, overlayfs) the device number
-    # in /proc/locks differs from that of stat, so a unique inode is accepted alone.
+    # The second column of /proc/locks is an arrow for waiting processes. On some file systems (btrfs, overlayfs) its
+    # device number differs from that of stat, so a unique inode number is accepted without the device number.
     holders = {(line[4], line[5]) for line in locks if line[1] == "FLOCK" and line[5].endswith(inode)}
     exact = {pid for pid, file in holders if file == device + inode}
     pids = exact or {pid for pid, _ in holders}
@@ -83,6 +83,6 @@ def describe_process(pid: int) -> str:
     except OSError:
         return f"process {pid}"
     suspended = ", suspended" if rest.split()[0] in "Tt" else ""
-    # A program can set an arbitrary name.
+    # A program can set its name to any bytes, such as terminal escape sequences.
     program = "".join(letter if letter.isprintable() else "?" for letter in name.partition("(")[2])
     return f"process {pid} ({program}{suspended})"

@@ -23,7 +23,7 @@ class ShardSet:
         digest: expected digest of the manifest; None: not checked.
 
     Raises:
-        ShardSetError: not a shard set, or its manifest is damaged or has a different digest.
+        ShardSetError: the folder is not a shard set, or its manifest is damaged or has a different digest.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ShardSet:
         self._indexes: dict[str, Index] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the indexes, which another process reads itself."""
+        """Return the state to pickle, without the indexes: the process that loads it reads them again."""
         return vars(self) | {"_indexes": {}}
 
     def split(self, name: str) -> SplitEntry:

@@ -37,11 +37,11 @@ INDEX_DTYPE = np.dtype(
 Index = NDArray[np.void]
 
 PRIVATE_BYTES = 1 << 30
-"""Indexes up to this size (31 million samples) are read into memory; larger ones are memory-mapped."""
+"""Indexes of up to this many bytes (31 million samples) are read into memory; larger ones are memory-mapped."""
 
 _HEADER_BYTES = 384  # .npy format 1.0 requires a multiple of 64; the longest header has 283 bytes
 _CHUNK = 1 << 22
-_CHUNK_ROWS = 1 << 14  # 560 kB, which fits in the CPU cache
+_CHUNK_ROWS = 1 << 14  # 560 kB per chunk, which fits in the CPU cache
 _REMEDY = "copy it again, or convert the source again"
 
 
@@ -114,7 +114,7 @@ def check_rows(
         pixels: all images are stored as pixels, uint8 [height, width, 3].
 
     Raises:
-        ShardSetError: with the first invalid row, its field, and the found and expected values.
+        ShardSetError: a row is invalid; the message names the first one, its field, the found and expected values.
     """
     ends = np.cumsum(samples)
     end_before = np.zeros(1, np.uint64)
@@ -124,7 +124,7 @@ def check_rows(
         offset, size = rows["offset"].astype(np.uint64), rows["size"].astype(np.uint64)
         height, width = rows["height"].astype(np.uint32), rows["width"].astype(np.uint32)
         area = height * width
-        # Unsigned arithmetic: 0 - 1 exceeds every limit. The check of the offset requires a valid size.
+        # In unsigned arithmetic, 0 - 1 exceeds every limit. The check of the offset is only correct for a valid size.
         checks = [
             ("shard", rows["shard"] != shard, "the shard to which the manifest assigns this row"),
             ("label", rows["label"] >= classes, f"less than the number of classes, {classes:,}"),

@@ -26,7 +26,7 @@ VERSION = 2
 MANIFEST_NAME = "dataset.json"
 REJECTS_NAME = "rejects.jsonl"
 MAX_MANIFEST_BYTES = 64 << 20
-"""Maximum size of dataset.json; nothing larger is downloaded or parsed."""
+"""Maximum size of dataset.json in bytes; nothing larger is downloaded or parsed."""
 MAX_VALUES = 4_000_000
 """Maximum number of values in dataset.json, which limits the memory for parsing it to a few hundred MB."""
 MAX_KEYS = 10_000
@@ -152,7 +152,7 @@ def _load(content: bytes) -> Any:
     """
     if len(content) > MAX_MANIFEST_BYTES:
         raise ValueError(f"more than the {MAX_MANIFEST_BYTES:,} bytes that are allowed")
-    # Every value except the first of a list or an object follows a comma.
+    # Each list or object adds its first value, and each comma one more, so this is at least the number of values.
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MAX_VALUES:
         raise ValueError(f"more than the {MAX_VALUES:,} values that are allowed")
 
@@ -211,7 +211,7 @@ def tool_version() -> str:
 
     try:
         return f"fat-pipeline {version('fat-pipeline')}"
-    except PackageNotFoundError:  # run from a source checkout, which is not installed
+    except PackageNotFoundError:  # the project runs from a source checkout and is not installed
         return "fat-pipeline"
 
 

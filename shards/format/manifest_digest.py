@@ -79,7 +79,7 @@ def split_digest(location: Path | str, option: str | None = None) -> tuple[str, 
         The location, and the expected digest; None if neither specifies one.
 
     Raises:
-        UserError: a malformed digest, or two different ones.
+        UserError: a digest is malformed, or two different digests are specified.
     """
     text = str(location)
     digests = [ManifestDigest.parse(option, "--set-digest")] if option is not None else []

@@ -103,7 +103,7 @@ class ImageCounts(TypedDict, total=False):
 
 
 class UnusedRecord(TypedDict):
-    """Number of files, folders or samples of one kind that were not used for one reason (`shards.sources.unused`)."""
+    """Number of unused files, folders or samples with the same kind and reason (`shards.sources.unused`)."""
 
     reason: Text
     kind: Text
@@ -123,7 +123,7 @@ class Provenance(TypedDict, total=False):
     shuffled: bool
     """Whether the samples were globally shuffled by this project; False for tars that were indexed in place."""
     class_run: Annotated[dict[FileName, Annotated[Finite, Field(ge=0)]], FailFast()]
-    """Split -> mean length of runs of one label, if the samples were not shuffled by this project."""
+    """Split -> mean number of consecutive samples with the same label, if this project did not shuffle the samples."""
     options: Annotated[dict[Text, Scalar | dict[Text, Scalar]], FailFast()]
     """Options that affect the bytes of the set."""
     images: Annotated[dict[FileName, ImageCounts], FailFast()]

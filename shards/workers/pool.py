@@ -1,4 +1,4 @@
-"""A pool of worker processes that report their progress. It detects when one dies, and ends with the parent process.
+"""A pool of worker processes that report progress. It detects when a worker dies; all workers end with the parent.
 
 A pipe to each worker carries jobs and results. A shared memory page contains the name of the file that the worker is
 processing, for the error message if it dies. There are no locks or semaphores that a killed process could leave locked,
@@ -65,7 +65,7 @@ def run_jobs(
     size = min(workers or cores(), len(jobs))
     if size <= 1 and not (isolated and jobs):
         return _run_here(task, jobs, progress)
-    # Workers are forked from a server process, which has preloaded their modules and, unlike this one, has no threads.
+    # Workers are forked from a server process that has preloaded their modules and, unlike the parent, has no threads.
     prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", task.__module__])

@@ -17,7 +17,7 @@ from shards.redact import display_name
 
 REPORT_SECONDS = 0.2  # minimum time between two reports of a worker
 PAGE_BYTES = 2048  # maximum length of a file name, in bytes; longer names are truncated
-# A source is listed only once per conversion, so that removing a file from it requires a new conversion.
+# The set must also be removed, because a source is listed only once per conversion.
 REMOVE_FILE = "remove that file from the source, remove the unfinished set, then start again"
 RESUME_OR_REMOVE_FILE = f"run the same command with fewer --workers or more memory to resume, or {REMOVE_FILE}"
 
