@@ -125,7 +125,7 @@ class Bench:
         return self._compare(lambda: augment(self.images, params), pil)
 
     def ours_alone(self) -> dict[str, float]:
-        """Time the parts without a PIL counterpart."""
+        """Time the parts of augmentation that have no PIL counterpart."""
         recipe = augment_recipe("fat", size=self.size)
         samples = BatchAugment(recipe, self.device)(self.images, self.params(recipe))
         mixing = draws.mix_params(recipe, seed=0, step=0, lanes=np.arange(self.batch) // 2)
@@ -148,7 +148,7 @@ class Bench:
         }
 
     def time(self, work: Callable[[], Any]) -> float:
-        """Return microseconds per image."""
+        """Return the microseconds per image of processing one batch."""
         start = time.perf_counter()
         work()
         if self.device.type == "cuda":
@@ -209,9 +209,9 @@ class OnGpu:
         }
 
     def moved(self) -> int:
-        """Return the bytes that RandAugment must move.
+        """Return the bytes that RandAugment must read and write.
 
-        These are a read and a write per sample and round, and a read per measurement.
+        Each round reads and writes each of its samples once; each histogram reads its sample once more.
         """
         todo = passes.plan_passes(self.params, self.bench.size, self.bench.size, flip=False)
         return sum((2 * len(each.jobs) + len(each.histogram_jobs)) * self.bench.images[0].numel() for each in todo)

@@ -47,7 +47,7 @@ RECIPE = augment_recipe("light", size=SIZE)
 OPERATORS = ("slice", "whole", "random")
 FROM_FILES = ("reader", "cached")  # DALI's cache identifies an image by its file name, so DALI must read the files
 FILES = 768
-CACHE = {"cache_size": 8192, "cache_type": "threshold", "cache_threshold": 0}  # size in MB; minimum bytes of an image
+CACHE = {"cache_size": 8192, "cache_type": "threshold", "cache_threshold": 0}  # cache size in MB; threshold in bytes
 AHEAD = 2
 
 

@@ -94,7 +94,7 @@ class Options:
     seconds: float = 3.0
     """Seconds per measurement."""
     batch: int = 256
-    """Images per batch; a quarter of it for `pixels`."""
+    """Images per batch; for the work `pixels`, a quarter of this number."""
     works: tuple[Work, ...] = ("feed", "host", "pixels")
     """Kinds of work of the loader to measure."""
     feeds: tuple[Feed, ...] = ("threads", "process")
@@ -168,7 +168,7 @@ def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> N
 
 
 class NoDecoder(HostDecoder):
-    """Discards the encoded images."""
+    """Decoder that discards the encoded images and returns zeros."""
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[Tensor, DecodeJob, T], None, None]:
         images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
@@ -177,7 +177,7 @@ class NoDecoder(HostDecoder):
 
 
 class NoAugment(HostAugment):
-    """Returns constant images without any work."""
+    """Augmentation that returns constant images without any work."""
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None) -> Tensor:
         return self._images

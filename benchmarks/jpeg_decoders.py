@@ -38,7 +38,7 @@ from pipeline.storage.reader import SampleReader
 
 LOADS = (0.0, 1.0, 0.9)
 WARM_UP = 3  # batches in which the decoder allocates its buffers
-EQUAL = 1.02  # rates with a ratio below this are considered equal
+EQUAL = 1.02  # two rates are considered equal if their ratio is below this
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Options:
     size: int = 224
     """Side of the decoded images in pixels."""
     seconds: float = 1.0
-    """Measured seconds per load, after a warm-up."""
+    """Seconds of measurement per value of `hw_decoder_load`, after a warm-up."""
     out: Path | None = None
     """Write the results to this JSON file."""
 

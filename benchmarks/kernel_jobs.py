@@ -22,7 +22,7 @@ from fat.layers import ConvNorm, ResidualDepthwise, pointwise
 Ways = dict[str, Callable[[], object]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
-MANY_LAUNCHES = 20_000_000  # cycles (10 ms): enough for about 60 launches of a forward and backward pass
+MANY_LAUNCHES = 20_000_000  # clock cycles (10 ms): enough for about 60 launches of a forward and backward pass
 OTHER_FORM = "other form"
 
 
@@ -35,7 +35,7 @@ class Job:
     bytes: int
     ways: Ways
     head_start: int = 0
-    """Minimum cycles for which the device waits while the host launches the job."""
+    """Minimum clock cycles for which the device waits while the host launches the job."""
     trains: bool = True
     """Whether a training step launches the kernel at this shape."""
 
@@ -331,7 +331,7 @@ def silu_gate(local: Tensor, other: Tensor) -> Tensor:
 
 
 def backward_of(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], object]:
-    """Return the backward pass of a function alone; the last tensor is the gradient of its output."""
+    """Return a callable for the backward pass of `function` alone; the last tensor is the gradient of its output."""
     *inputs, cotangent = tensors
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     out = function(*leaves)

@@ -36,8 +36,8 @@ from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
 from launch.machine.world import World
 
-WARM_UP = 3  # steps for allocations and the choice of kernels
-LOADER_BATCHES = 4  # batches of the loader per --steps, because a batch is shorter than a step
+WARM_UP = 3  # steps before profiling, in which memory is allocated and kernels are chosen
+LOADER_BATCHES = 4  # loader batches to profile per step, because a batch takes less time than a step
 
 
 def main() -> int:
@@ -83,7 +83,7 @@ def kernel_times(model: str, way: str, options: argparse.Namespace) -> dict[str,
 
 def loader_times(model: str, augment: Literal["fat", "light", "none"], options: argparse.Namespace) -> dict[str, Any]:
     """Profile the training loader alone. It prefetches batches before the profile starts and as many before it ends, so
-    that the average per batch is right."""
+    that the average per batch is correct."""
     data = DataConfig(data=options.loader, global_batch=options.batch, size=options.size, augment=augment)
     device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu")
     feed = Feed.of(Recipe(data=data), World(0, 1, 0, 1, device))

@@ -46,10 +46,10 @@ from launch.machine.device_peaks import random_bytes
 
 FLUSH = 256 << 20  # bytes overwritten before each call: larger than any L2 cache
 COPY = 1 << 30  # bytes copied to measure the bandwidth
-SLOW = 0.05  # seconds; slower calls are measured only three times
-CYCLES_PER_SECOND = 2_000_000_000  # upper bound on the clock rate of a multiprocessor
-MARGIN = 2.0  # safety factor: a launch can take longer than the one that was measured
-LEAST_CYCLES = 4_000_000  # minimum sleep of the device: 2 ms
+SLOW = 0.05  # seconds per call; slower calls are measured only three times
+CYCLES_PER_SECOND = 2_000_000_000  # upper bound on the clock rate of a multiprocessor, in Hz
+MARGIN = 2.0  # safety factor for launch times: a launch can take longer than the one that was measured
+LEAST_CYCLES = 4_000_000  # minimum sleep of the device in clock cycles: 2 ms
 
 
 def main() -> None:

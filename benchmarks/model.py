@@ -42,7 +42,7 @@ from fat.model import Stem
 from launch.machine.provenance import cpu_name
 from shards.cores import cores
 
-ON_CUDA = ("torch", "graphs")  # modes that differ from the others only on a GPU
+ON_CUDA = ("torch", "graphs")  # modes that, on a CPU, are identical to other modes
 WAYS = ("plain", "torch", "channels-last", "compiled", "graphs", "fused", "fused compiled")
 MODES = ("inference", "training")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,7 +144,7 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[
                 failed[way] = reason(error)
                 del steps[way]
                 times.pop(way, None)
-            if way in failed:  # free memory here: in the except block, the exception refers to the tensors
+            if way in failed:  # after the except block, in which the exception keeps the tensors alive
                 free()
             elif round_number >= 0:
                 times.setdefault(way, []).append(time.perf_counter() - start)
@@ -181,7 +181,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 class PlainStem(Stem):
-    """Keeps the memory format of the images."""
+    """Stem that keeps the memory format of the images."""
 
     def forward(self, images: Tensor) -> Tensor:
         for conv in self.convs:
@@ -205,7 +205,7 @@ def make_plain(model: nn.Module) -> None:
         for plain in (PlainStem, PlainFASA, PlainNorm):
             if type(module) is plain.__base__:
                 module.__class__ = plain
-    model.train(model.training)  # updates which layers are fused
+    model.train(model.training)  # train() updates which layers are fused
 
 
 def machine() -> str:

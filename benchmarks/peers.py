@@ -51,7 +51,7 @@ from pipeline.plan import Position
 WAYS = ("graph", "compiled", "eager")
 CLASSES = 1000
 LR = 1e-6
-# Steps for the choice of algorithms, allocations and the capture, which itself takes several steps.
+# Warm-up steps choose algorithms, allocate memory and capture the graph, which alone takes several steps.
 WARM_UP = 5 if DEVICE == "cuda" else 1
 WHOLE, BREAKS, EAGER = "whole", "with graph breaks", "not at all, so eager"
 
@@ -105,7 +105,7 @@ def measure(name: str, way: str, world: World, options: argparse.Namespace) -> R
             row |= timed(name, way, how, world, options) | ({"compiled": how} if how else {})
         except Exception as error:
             failure = reason(error)
-        free()  # must not be in the except block, where the exception refers to the model
+        free()  # after the except block, in which the exception keeps the model alive
         if not failure:
             return row
         if how in (WHOLE, BREAKS):

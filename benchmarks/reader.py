@@ -46,7 +46,7 @@ from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
 
 BATCH = 64
-LATENCY = 0.02  # seconds per read
+LATENCY = 0.02  # additional seconds per read
 CPU = torch.device("cpu")
 
 

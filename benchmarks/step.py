@@ -52,7 +52,7 @@ MODES = ("training", "inference")
 OTHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 CLIP = 5.0
 GRAPH_WARM_UP = 3  # number of runs on a side stream before a capture, as PyTorch requires
-# Parts of error messages that another mode may have caused: out of memory, asynchronous errors, disturbed captures.
+# Substrings of errors that another mode may have caused: out of memory, asynchronous errors, disturbed captures.
 SHARED_FAILURES = ("memory", "alloc", "captur", "cuda error")
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the setting of `launch.engine`
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the same setting as in `launch.engine`
     setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "dtype")}
     setting |= {"machine": machine(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
@@ -125,7 +125,7 @@ def run(
         except Exception as error:
             steps.pop(way, None)
             rows[way]["failed"] = reason(error)
-        if way not in steps:  # must not be in the except block, where the exception refers to the model
+        if way not in steps:  # after the except block, in which the exception keeps the model alive
             free()
     times, failed = interleave(steps, options.rounds)
     for way, why in failed.items():

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KIT = ROOT / ".kit"  # packages and compiled kernels, for machines without access to a package index
+KIT = ROOT / ".kit"  # folder of packages and compiled kernels for machines without access to a package index
 PROFILES = ("contact", "measure", "sweep", "peers")
 BUDGET = 590.0  # seconds for `contact` and `measure` together
 LIMIT = 2.0  # time limit of a part, as a multiple of its expected time
-LEAST_LIMIT = 30.0  # minimum time limit in seconds: a cold disk or driver can delay short parts by more than that
+LEAST_LIMIT = 30.0  # minimum time limit in seconds: a cold disk or driver delays short parts by more than LIMIT allows
 
 Command = tuple[str, ...]
 
@@ -204,7 +204,7 @@ def measure() -> Iterator[Part]:
     def part(name: str, *commands: Command, **settings: object) -> Part:
         return Part(name=name, profile="measure", commands=commands, **settings)  # type: ignore[arg-type]
 
-    # FAT-B3 is too large for two modes in the memory of an H100 at the same time, hence --alone.
+    # The memory of an H100 is too small for two modes of FAT-B3 at the same time, hence --alone.
     yield part("step-b3", step("fat_b3", "--alone"), expected=25, least=25, on_cpu=SMALL)
     yield part("bench-b3", bench("b3", steps=10), expected=42, least=40, uses=("data/photos-shards",), on_cpu=FEW)
     yield part("step-b1", step("fat_b1"), expected=20, least=20, on_cpu=SMALL)
@@ -299,7 +299,7 @@ def sweep() -> Iterator[Part]:
 
 
 def peers() -> Iterator[Part]:
-    """Yield one part per other model under torch.compile. FAT's results for the ratios come from peers-graph."""
+    """Yield one part per other model under torch.compile. The ratios use FAT's results from the part peers-graph."""
     for name in PEERS:
         yield Part(
             name=f"peer-{name}",
@@ -319,7 +319,7 @@ def peers() -> Iterator[Part]:
 
 KERNEL_TESTS = ("tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py")
 PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
-CRASHES_ON_CPU = "fastvit_t8"  # PyTorch 2.11 crashes in channels-last convolutions at 224 pixels
+CRASHES_ON_CPU = "fastvit_t8"  # PyTorch 2.11 crashes in its channels-last convolutions at 224 pixels
 FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # several test processes run in parallel
 SMALL = ("--batch", "2", "--size", "64", "--rounds", "1")
 EAGER = ("--ways", "eager", "--batch", "2", "--rounds", "1", "--steps", "1")

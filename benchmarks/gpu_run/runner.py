@@ -45,7 +45,7 @@ class Runner:
     ) -> None:
         self.results, self.machine, self.on_cpu = results, machine, on_cpu
         self.start, self.end = start, start + seconds
-        self.mark = f"{uuid.uuid4()}/"  # value of an environment variable of all processes of this run
+        self.mark = f"{uuid.uuid4()}/"  # value of FAT_GPU_MARK in the environment of all processes of this run
         self.stopped_by = 0
         """Number of the signal that requested to stop the run; 0: none."""
         work = results.work
@@ -71,7 +71,7 @@ class Runner:
         states: set[str] = set()
         with kill_on_exit(self.mark):
             for group in groups(chosen):
-                with ThreadPoolExecutor(len(group)) as pool:  # threads, because parts may wait for others
+                with ThreadPoolExecutor(len(group)) as pool:  # threads, because parts may wait for other parts
                     futures: dict[str, Future[str]] = {}
                     for part in group:
                         before = [futures[name] for name in part.after if name in futures]
@@ -136,7 +136,7 @@ class Runner:
         return "", ""
 
     def attempt(self, part: Part) -> Result:
-        """Run a part's commands. Output goes to NAME.txt, figures to NAME.json, other files to NAME.run/."""
+        """Run a part's commands. Output goes to NAME.txt, results to NAME.json, other files to NAME.run/."""
         stem = self.results.parts / part.name
         out, output, run = (stem.with_name(f"{part.name}.{kind}") for kind in ("json", "txt", "run"))
         for file in (out, output):

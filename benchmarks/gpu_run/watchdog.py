@@ -19,13 +19,13 @@ from contextlib import contextmanager, suppress
 import psutil
 
 MARK = "FAT_GPU_MARK"
-WAIT = 0.1  # seconds between attempts
-ATTEMPTS = 100  # enough for a process in a call of the GPU driver, which ends only after the call
+WAIT = 0.1  # seconds between attempts to kill all processes
+ATTEMPTS = 100  # enough to kill a process in a call of the GPU driver, which ends only after the call
 
 
 def main() -> None:
     sys.stdin.buffer.read()
-    time.sleep(WAIT)  # the script may just have started a process, which needs this time until its mark can be read
+    time.sleep(WAIT)  # a process that the script has just started needs this time until its mark can be read
     end_all(sys.argv[1])
 
 

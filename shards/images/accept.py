@@ -50,12 +50,12 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one thread suffices, because there is
 REPAIR_QUALITY = 95
 _BYTES_LEFT = re.compile(r" \(\d+ bytes not processed\)")
 _ORIENTATION_TAG = 0x0112
-_FILTER = Image.Resampling.HAMMING  # for shrinking: antialiased, as fast as bilinear, as sharp as bicubic
+_FILTER = Image.Resampling.HAMMING  # antialiasing filter for shrinking: as fast as bilinear, as sharp as bicubic
 
 # The entire stream is entropy-decoded, which detects damage. Reconstructing only every eighth pixel of the luminance
 # avoids most of the remaining work.
 _CHECK = {"colorspace": "GRAY", "min_height": 1, "min_width": 1, "min_factor": 8}
-_BLANK_PIXELS = 16  # smaller images, after reduction by 8 per side, are not checked for being blank
+_BLANK_PIXELS = 16  # minimum pixels, after reduction by 8 per side, to decide whether an image is blank
 _BLACK = 20  # largest value (0 to 255) in a nearly black image
 _ONE_COLOR = 3  # largest range of values (0 to 255) in an image of a single color
 _SCALES = (8, 4, 2)  # integer factors of libjpeg's scaled decoding
@@ -89,7 +89,7 @@ def accept(data: bytes, rules: ImageRules) -> Accepted:
         try:
             return _keep_or_shrink(data, rules, header)
         except ValueError as error:
-            if "memory" in str(error).lower():  # libjpeg's "Insufficient memory" is not a fault of the image
+            if "memory" in str(error).lower():  # libjpeg's "Insufficient memory" does not mean a damaged image
                 raise MemoryError(str(error)) from error
             fault = f"damaged JPEG: {_without_numbers(str(error))}"
     return _reencode(data, rules, header.orientation, fault)
@@ -154,7 +154,7 @@ def _encode_shrunk(
     data: bytes, pixels: Pixels, header: JpegHeader, target: tuple[int, int], rules: ImageRules
 ) -> Accepted:
     shrunk = _shrink(pixels, target)
-    if header.components == 3 and has_profile(data, header):  # the shrunk image is stored without a profile
+    if header.components == 3 and has_profile(data, header):  # the shrunk JPEG is stored without a profile
         with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
             shrunk = to_srgb(shrunk, profile_of(opened))
     return _encode(shrunk, rules.quality, "420", header.orientation, None)
@@ -174,12 +174,12 @@ def _reencode(data: bytes, rules: ImageRules, orientation: int, fault: str) -> A
         check_before_decoding(opened, data, shrinks=_target_size(*opened.size, rules) is not None)
         opened.load()
         if opened.format not in ("JPEG", "MPO"):
-            # Read after loading, because Pillow applies a TIFF's orientation to its pixels and removes the tag.
+            # Read the orientation after loading: Pillow applies a TIFF's orientation to its pixels and removes the tag.
             fault, orientation = str(opened.format), _exif_orientation(opened)
             fault += " with several pages, only the first page used" if has_second_page(data) else ""
         pixels, notes = to_8bit(opened, data)
         fault = ": ".join([fault, *notes])
-        del opened  # frees its copy of the pixels, which may be larger
+        del opened  # frees Pillow's pixels, which may need more memory than the converted pixels
     height, width = pixels.shape[:2]
     target = _target_size(width, height, rules)
     if target is not None:
@@ -250,11 +250,11 @@ def _decoding() -> Iterator[None]:
     except (Rejected, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        # Pillow's own limit is twice ours; its message has the number of pixels.
+        # Pillow raises this error above twice `MAX_PIXELS`; the message contains the number of pixels.
         found = re.search(r"\d+", str(error))
         raise too_many_pixels(found[0] if found else "too many") from error
     except OSError as error:
-        if str(error).startswith("out of memory"):  # the message of Pillow's decoders
+        if str(error).startswith("out of memory"):  # Pillow's decoders report lack of memory as OSError
             raise MemoryError(str(error)) from error
         raise Rejected(_reason(error)) from error
     except Exception as error:  # Pillow's decoders raise exceptions of any type on damaged data

@@ -89,7 +89,7 @@ def _of_tiff(image: TiffImagePlugin.TiffImageFile) -> SampleFormat:
     black_white = (min(low or [0.0]), max(high)) if high else None
     if black_white is not None and not (np.isfinite(black_white).all() and black_white[0] < black_white[1]):
         black_white = None
-    # MaxSampleValue is a statistic: it bounds the number of significant bits, but does not define white.
+    # MaxSampleValue is a statistic: it bounds the number of significant bits, but does not define the value of white.
     largest = max(high or _numbers(tags.get(_MAX_SAMPLE)) or [0.0])
     bits = int(largest).bit_length() if 0 < largest < 2**32 else 0
     signed = tags.get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,))
@@ -148,7 +148,7 @@ def _bits(high: int, fmt: SampleFormat, low_bits_set: bool) -> tuple[int, list[s
         bits = max(high.bit_length(), 8)
         dark = f", although all samples fit in {bits} bits" if bits <= stored - 4 and fmt.bits is None else ""
         return stored, [f"upper 8 of {stored} bits kept{dark}"]
-    # Samples rarely use all 32 bits: some software always writes 32.
+    # Some software always writes 32-bit samples, although their values rarely need 32 bits.
     bits = next(bits for bits in (8, 16, stored) if high < 1 << bits)
     return bits, [f"{stored}-bit samples converted as {bits}-bit samples, because all of them fit in {bits} bits"]
 

@@ -20,7 +20,7 @@ MAGIC_BYTES = 16
 
 PILLOW_FORMATS = (
     *("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI", "SGI", "PCX"),
-    "TGA",  # must be last, because it has no signature
+    "TGA",  # must be tried last, because TGA files have no signature
 )
 """Pillow formats that may be opened, in the order in which they are tried. Formats whose plugins call other programs
 (EPS, WMF, MPEG, HDF5, GRIB, BUFR), icons, layered documents, textures, and scientific tables are excluded."""
@@ -38,7 +38,7 @@ _SIGNATURES = (
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 _MAX_BRANDS = 64
-_BINARY_PNM = re.compile(rb"P[456]\s+(#|\d)")  # the text formats (P1 to P3) could be any text
+_BINARY_PNM = re.compile(rb"P[456]\s+(#|\d)")  # excludes the text formats P1 to P3, because any text may look like them
 
 
 def named_as_image(name: bytes) -> bool:

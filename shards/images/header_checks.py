@@ -27,15 +27,15 @@ from shards.images.limits import (
 from shards.images.rules import Rejected
 from shards.images.tiff import count_strips
 
-_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # tags
+_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # TIFF tags
 _SUBFILE_TYPE, _SUB_IMAGES, _DNG_VERSION = 254, 330, 50706
 _TIFF_JPEG = (6, 7)  # values of the compression tag for JPEG
-_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # bytes per pixel in Pillow; else 4
+_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # mode -> bytes per pixel in Pillow, else 4
 SHRINK_BYTES = 9
-"""Bytes per pixel: decoded, resized along rows, and resized along columns."""
-# Bytes per pixel: two canvases and the pixels of libwebp, the frame as bytes, Pillow's pixels, and a copy.
+"""Bytes per pixel for shrinking an image: decoded, resized along rows, and resized along columns."""
+# Bytes per pixel of a WebP: libwebp's two canvases and pixels, the frame as bytes, Pillow's pixels, and a copy.
 _WEBP_BYTES = 23
-# Bytes per pixel, measured with RGBA: the decoder's planes and pixels, Pillow's pixels, and a copy.
+# Format -> bytes per pixel, measured with RGBA: the decoder's planes and pixels, Pillow's pixels, and a copy.
 _DECODER_BYTES = {"AVIF": 24, "HEIF": 24, "JXL": 24, "QOI": 16, "PPM": 24}
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PNM_HEADER = re.compile(rb"P([1-6])" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)(?:" + _GAP + rb"(\d+))?\s")
@@ -136,7 +136,7 @@ def check_before_decoding(opened: Image.Image, data: bytes, shrinks: bool) -> No
     """
     width, height = opened.size
     if opened.format in ("WEBP", "JXL", "JPEG2000"):
-        return  # these formats were checked before they were opened
+        return  # `check_before_opening` has checked these formats
     per_pixel = _STORED_BYTES.get(opened.mode, 4) + (1 if opened.mode in ("1", "L") or opened.mode[0] == "I" else 3)
     buffers = 0
     if isinstance(opened, JpegImageFile):
@@ -190,7 +190,7 @@ def _check_jpeg2000(data: bytes, shrinks: bool) -> None:
     if found is None:
         raise Rejected("does not decode: JPEG 2000 without a codestream")
     size, components = found
-    # Measured: 32-bit integers, the pixels of the codestream, and Pillow's pixels.
+    # Measured bytes per pixel: 32-bit integers, the pixels of the codestream, and Pillow's pixels.
     _check_memory("JPEG 2000", size, 7 * components + 6, len(data), shrinks=shrinks)
     if len(boxes(data)) > MAX_BOXES:
         raise Rejected(f"JPEG 2000 with more than {MAX_BOXES:,} boxes")
@@ -205,12 +205,12 @@ def _check_jpeg2000(data: bytes, shrinks: bool) -> None:
 def _check_pnm(data: bytes) -> None:
     header = _PNM_HEADER.match(data[:MAX_PNM_HEADER])
     if header is None:
-        if data[:2] in (b"P0", b"Pf", b"Py"):  # Pillow's own formats and floating point: their headers have no comments
+        if data[:2] in (b"P0", b"Pf", b"Py"):  # Pillow's own formats and PFM, whose headers have no comments
             return
         raise Rejected(f"does not decode: PNM without a header in its first {MAX_PNM_HEADER >> 10} KiB")
     kind, width, height, largest = (int(number or 0) for number in header.groups())
     if kind <= 3:
-        _check_samples("text PNM", len(data) // 4)  # a sample has up to three digits and a space
+        _check_samples("text PNM", len(data) // 4)  # a sample is written as up to three digits and a space
     elif kind > 4 and largest != 255 and (kind, largest) != (5, 65535):
         _check_samples("PNM", width * height * (3 if kind == 6 else 1))
 

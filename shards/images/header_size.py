@@ -83,7 +83,7 @@ def _jxl_codestream(data: bytes) -> bytes:
     """Return the first bytes of the codestream in a container (ISO/IEC 18181-2)."""
     for kind, start, stop in boxes(data):
         if kind in (b"jxlc", b"jxlp"):
-            skipped = 4 if kind == b"jxlp" else 0  # bytes of the sequence number
+            skipped = 4 if kind == b"jxlp" else 0  # a jxlp box begins with a sequence number of 4 bytes
             return data[start + skipped : min(stop, start + skipped + 32)]
     return b""
 

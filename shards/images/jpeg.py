@@ -14,10 +14,10 @@ BASELINE, PROGRESSIVE = 0, 2  # the n of start-of-frame markers SOFn
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7, which have no length field
-_SEQUENTIAL = frozenset({0, 1, 9})  # the n of SOFn if not progressive or hierarchical
+_SEQUENTIAL = frozenset({0, 1, 9})  # the n of SOFn in sequential, non-hierarchical JPEGs
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # excludes stuffed, restart and fill bytes
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # excludes byte stuffing, fill bytes, TEM, and RST0..RST7
 
 
 class NotAJpeg(ValueError):

@@ -58,5 +58,5 @@ MAX_BOXES = 10_000
 dozens."""
 
 MAX_IMAGE_SECONDS = 60
-"""CPU seconds that a worker may spend on one image before it is terminated: ten times the need of images within the
-other limits. CPU time, not wall time, because a stopped process or a slow disk is not a fault of the image."""
+"""CPU seconds that a worker may spend on one image before it is terminated: ten times what images within the other
+limits need. CPU time, not wall time, because a stopped process or a slow disk is not a fault of the image."""

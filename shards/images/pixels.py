@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 
 BAND_PIXELS = 2**20  # pixels converted at a time, to avoid a second copy of a large image
 
-_DEEP_BYTES = 14  # memory per pixel: 16-bit RGB decoded twice, and the result
+_DEEP_BYTES = 14  # bytes of memory per pixel: 16-bit RGB decoded twice, and the result
 _OPPOSITE_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of byte orders; N is native
 
 

@@ -23,7 +23,7 @@ from shards.sources.scan import Scan
 
 _TAIL = 2**16  # hashed bytes at the end of a Parquet file, which contain its footer or the end of the footer
 _MODULUS = 2**64
-_SAMPLED = 256  # images per split whose content is hashed; selected by the hash of their names
+_SAMPLED = 256  # number of images per split whose content is hashed; selected by the hash of their names
 _HEAD = 2**12  # bytes hashed at the start of each selected image
 
 
@@ -51,7 +51,7 @@ def digest_of_listing(found: Scan) -> str:
 
 
 def digest_of_samples(splits: Mapping[str, Listing]) -> str:
-    """Like `digest_of_listing`, but for samples whose names begin with their label.
+    """Hash samples whose names begin with their label; otherwise like `digest_of_listing`.
 
     The classes are not hashed, because they depend on the options.
 

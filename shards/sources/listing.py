@@ -29,7 +29,7 @@ ROW = np.dtype(
         ("container", "<u4"),
         ("offset", "<u8"),
         ("size", "<u8"),
-        ("mtime", "<i8"),  # time of the file in seconds since 1970; 0 for a byte range of an archive
+        ("mtime", "<i8"),  # modification time of the file in seconds since 1970; 0 for a byte range of an archive
         ("label", "<u4"),
         ("ambiguous", "u1"),  # 1 if another entry of the split would have the same key
     ]

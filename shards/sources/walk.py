@@ -28,7 +28,7 @@ MAX_KEPT = 2_000_000
 _SNAPSHOTS = frozenset({".snapshot", ".snapshots", ".zfs", "~snapshot", "#snapshot", "@recently-snapshot"})
 """Folders of snapshots, which contain a copy of the file system for each day; their files are not counted."""
 
-# In lower case: folders of copies, thumbnails, and deleted files, and files that describe a folder.
+# Names in lower case: folders of copies, thumbnails, and deleted files, and files that describe a folder.
 _METADATA_NAMES = frozenset(
     (
         # macOS and its file servers

@@ -136,7 +136,7 @@ def _check_training(source: Path, found: Scan, options: ScanOptions) -> Scan:
     """Add a note if a source has no training images.
 
     Raises:
-        UserError: the source has no training images, but several other splits, or a split is requested.
+        UserError: the source has no training images, and either several other splits or a `val_fraction`.
     """
     if TRAIN in found.splits:
         return found

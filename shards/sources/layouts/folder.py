@@ -36,7 +36,7 @@ def scan_folder(source: Path) -> Scan:
     """List the images of class folders.
 
     Raises:
-        UserError: there is no such folder, it has no class folders, or a class folder has no images; or as
+        UserError: there is no such folder, it has no class folders, or a class folder has no images; see also
             `find_split_folders`.
     """
     folders = find_split_folders(source)
@@ -115,7 +115,7 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
 
 
 def _remedy(folder: Path) -> str:
-    """Return the remedy for a class folder without images; it keeps split lists that are in the folder."""
+    """Return the remedy for a class folder without images; split lists in the folder must be applied first."""
     root = folder.parent
     nested = find_nested_class_root(root, [os.fsdecode(name) for name in list_folder(root).folders])
     if nested is not None and nested != folder:
@@ -217,7 +217,7 @@ def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:
 
     A broken link is judged by its name, and rejected when it is read.
     """
-    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # raw files begin like a TIFF
+    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # camera raw files begin like a TIFF
         return False
     if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and named_as_image(entry.name)):
         return named_as_image(entry.name)

@@ -108,17 +108,17 @@ def read_members(file: IO[bytes], end: int, shown: str) -> Iterator[Member]:
     """Yield the regular files of the tar from the current position of `file` to byte `end`.
 
     Raises:
-        UserError: as `members`.
+        UserError: see `members`.
     """
     try:
         with tarfile.TarFile(fileobj=file, tarinfo=_Header, errorlevel=2, errors="surrogateescape") as tar:
             at = -1
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all of them in memory
+                tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
                 if info.size < 0 or tar.offset <= at:
                     raise UserError(f"{shown}: damaged: {info.name} has an invalid size, {info.size:,} bytes; {_AGAIN}")
                 at = tar.offset
-                if info.offset >= end:  # a member of the outer tar: the inner tar has no end-of-archive blocks
+                if info.offset >= end:  # belongs to the outer tar, because the inner tar has no end-of-archive blocks
                     return
                 if info.offset_data + (info.size if info.isreg() else 0) > end:
                     raise UserError(f"{shown}: truncated: the file ends within {info.name}; {_AGAIN}")
@@ -179,7 +179,7 @@ class _Header(tarfile.TarInfo):
             _reject_sparse(header.name)
         return header
 
-    # The map of a sparse file may have any length, and tarfile would read all of it.
+    # The block map of a sparse file may have any length, and tarfile would read the entire map.
     def _proc_gnusparse_00(self, next: tarfile.TarInfo, *_: object) -> None:
         _reject_sparse(next.name)
 

@@ -16,7 +16,7 @@ from typing import Any
 MAX_MEMORY = 2**32
 """Maximum bytes of address space of the child process."""
 MAX_SECONDS = 60
-"""Maximum CPU seconds of the child process; the real file takes one."""
+"""Maximum CPU seconds of the child process; the real file takes one second."""
 NO_SCIPY = 3  # exit status if scipy is not installed
 
 

@@ -28,7 +28,7 @@ MAX_CHUNK = 2**31
 """Maximum bytes of one column of one row group, compressed and uncompressed: a worker holds it in memory."""
 MAX_RATIO = 100
 """Maximum ratio of unpacked size to file size; encoded images hardly compress."""
-_SMALL = 2**26  # unpacked bytes that are allowed at any ratio
+_SMALL = 2**26  # unpacked size in bytes up to which any ratio is allowed
 _MAX_RECORD = 2**31  # maximum bytes of the record of an unpacked file
 _AGAIN = "download it again"
 
@@ -65,7 +65,7 @@ class Unpacked:
     """Record of an unpacked file, written when unpacking is complete."""
 
     source: tuple[str, int, int]
-    """(path, bytes, modification time) of the file, because adding or removing files renumbers the spool files."""
+    """(path, bytes, modification time) of the file; needed because adding or removing files renumbers spool files."""
     bytes: Count
     """Size of the spool file."""
     images: list[tuple[str, Count, Count, Count]]

@@ -30,11 +30,11 @@ from shards.sources.scan import TEST
 from shards.sources.unused import UnusedEntry, UnusedFiles
 
 IMAGE_ORDER = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
-"""Order of preference if a sample has several images; other suffixes follow in alphabetical order."""
+"""Preferred suffixes, in order, if a sample has several images; other suffixes follow in alphabetical order."""
 NO_LABEL = "image without a label"
 NO_IMAGE = "label without an image"
 _MAX_LABEL_BYTES = 4 * MAX_LABEL + 16  # maximum size of a label in UTF-8, including white space
-_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # skipped by webdataset's `tar_file_iterator`
+_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # metadata, which webdataset's `tar_file_iterator` skips
 _SHOWN_SUFFIXES = 8
 
 
@@ -99,7 +99,7 @@ def read_tar(path: Path, labels: LabelReader, split: str) -> tuple[list[TarSampl
 
 
 def _skip_reason(name: str) -> str | None:
-    """Return why a member is skipped regardless of its suffix; None if it is not."""
+    """Return why a member is skipped regardless of its suffix; None if it is not skipped."""
     folders = name.split("/")
     if folders[-1].startswith("._") or "__MACOSX" in folders:
         return "macOS resource fork"

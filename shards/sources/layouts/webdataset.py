@@ -93,7 +93,7 @@ def list_samples(source: Path) -> ListedSamples:
         samples, unused_members = read_tar(tar, labels, split)
         parts.append(unused_members)
         if samples:
-            # The relative path, because tars in different folders may have the same name.
+            # Use the relative path, because tars in different folders may have the same name.
             stem = relative_to_source(tar, source)[: -len(tar.suffix)]
             builders.setdefault(split, ListingBuilder()).add_ranges(
                 container, [_row(stem, one, labels) for one in samples]

@@ -16,7 +16,7 @@ from shards.sources.scan import TRAIN, VAL, Scan
 MAX_BLANK_FRACTION = 0.01
 """Fraction of blank images (nearly black or of a single color) in a split above which a warning is given."""
 _FOLDERS = ("folder", "kaggle", "class-tars")
-_ENDS = 3  # numbers shown of the beginning and of the end of an order
+_ENDS = 3  # how many folder names are shown from each end of a class order
 
 Counts = NDArray[np.int64]
 """Number of images per class, int64 [classes]."""
@@ -104,7 +104,7 @@ def _number_gap_warnings(classes: Sequence[ClassEntry]) -> list[str]:
         return []
     numbers = {int(entry.folder) for entry in classes}
     low, high = min(numbers), max(numbers)
-    if not len(numbers) <= high - low < 2 * len(numbers):  # no gaps, or more gaps than class numbers have
+    if not len(numbers) <= high - low < 2 * len(numbers):  # no gaps, or too many gaps for class numbers
         return []
     missing = [number for number in range(low, high + 1) if number not in numbers]
     return [
@@ -114,7 +114,7 @@ def _number_gap_warnings(classes: Sequence[ClassEntry]) -> list[str]:
 
 
 def _similar_name_warnings(classes: Sequence[ClassEntry]) -> list[str]:
-    """Return a warning if names of classes differ only in case, spaces, Unicode form, or similar."""
+    """Return a warning if names of classes differ only in case, spaces, or another key of `_NORMALIZERS`."""
     groups: dict[str, list[str]] = {}
     for entry in classes:
         groups.setdefault(_normalize(entry.folder), []).append(entry.folder)

@@ -21,7 +21,7 @@ _REMEDIES = {
     (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"): "unpack archives first",
     (".arrow",): "save the data set as Parquet instead: Dataset.to_parquet",
 }
-"""Suffixes of files that contain images in another form -> remedy."""
+"""Suffixes of archives and data files that may contain images -> remedy."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FolderLevel:
         return bool(deep)
 
     def _contains_splits(self, name: bytes) -> bool:
-        """Return whether a folder in `named` contains split folders: a data set named 'test'."""
+        """Return whether a folder in `named` contains split folders, so that it is a data set, not a split."""
         below = [sub for sub in self.inside[name].folders if names_only_a_split(os.fsdecode(sub))]
         others = (sub for sub in below if splits_in(os.fsdecode(sub)) != {self.named[name]})
         return any(list_folder(self.path(name) / os.fsdecode(sub)).folders for sub in others)

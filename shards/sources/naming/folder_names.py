@@ -28,7 +28,7 @@ _ANNOTATIONS = frozenset(
 _PAIRS = frozenset(("ground", "truth")), frozenset(("image", "sets"))
 """Pairs of words that together denote annotations."""
 _IMAGE_WORDS = _IMAGES | {"bmp", "image", "img", "jpeg", "jpg", "photo", "picture", "png", "rgb", "tif", "tiff"}
-"""Words for images, including singulars, which denote containers only next to others: mask and no_mask are classes."""
+"""Words for images. Singulars denote containers only next to unambiguous containers: mask and no_mask are classes."""
 _ANNOTATION_WORDS = _ANNOTATIONS | {
     *("ann", "anno", "annotation", "bbox", "boxes", "csv", "depth", "depths", "edges", "flow", "gt", "json", "label"),
     *("mask", "normals", "seg", "segmentation", "trimap", "txt", "xml"),
@@ -164,7 +164,7 @@ def _differ_by_number(names: Sequence[str]) -> bool:
 
 
 def _only(words: frozenset[str], allowed: frozenset[str]) -> bool:
-    """Return whether the words are `allowed` words, at least one of them, and filler words."""
+    """Return whether all words are `allowed` words or filler words, and at least one is an `allowed` word."""
     return bool(words & allowed) and words <= allowed | _FILLERS
 
 

@@ -77,8 +77,8 @@ class LabelReader:
             shown: file and row or member, for messages.
 
         Raises:
-            NoLabelError, UserError: as `parse_label`; or the label is a number and earlier labels are names, or vice
-                versa.
+            NoLabelError: see `parse_label`.
+            UserError: see `parse_label`; or the label is a number and earlier labels are names, or vice versa.
         """
         label = parse_label(value, shown)
         if self._first is None:
@@ -220,7 +220,7 @@ def number_classes(
 
     Raises:
         UserError: some files have numbers and others have names; labels far exceed the number of images; every image
-            has a different name; or a class is not in the file `classes`.
+            has its own class name; or a class is not in the file `classes`.
     """
     labeled = [file for file in files if file.first]
     for file in labeled:

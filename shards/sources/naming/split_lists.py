@@ -29,7 +29,7 @@ _NO_LISTS = frozenset(
         *("predictions", "readme", "report", "requirements", "results", "state", "stats", "submission"),
     )
 )
-"""Words in the names of other files, such as output of training programs: test_results.json."""
+"""Words in the names of files that are not split lists, such as output of training programs: test_results.json."""
 _LIST_FOLDERS = frozenset(("imdb", "list", "lists", "meta", "metadata", "split", "splits"))
 """Names of folders for lists, next to a folder of class folders."""
 _WORD = re.compile(r"[^\W\d_]+")
@@ -73,7 +73,7 @@ def lists_below(folder: Path, roots: Collection[Path] = ()) -> list[Path]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             contents = list_folder(folder)
-        except PermissionError:  # if the folder is used, the scan reports the error
+        except PermissionError:  # the scan reports the error if it reads this folder
             continue
         found += _lists_in(folder, contents.files)
         if folder not in roots:

@@ -25,7 +25,7 @@ _SPLIT_OF = {
 _FILLERS = frozenset(("data", "dataset", "dir", "folder", "images", "imgs", "set", "split"))
 """Words that add no meaning to the name of a split: train_images, val_set."""
 _SIMILAR_WORDS = {
-    TRAIN: ("trainings", "trn"),  # without 'trains', which is a class next to ships and planes
+    TRAIN: ("trainings", "trn"),  # not 'trains', which may be a class, like 'ships' and 'planes'
     VAL: ("evals", "evaluate", "evaluation", "evaluations", "heldout", "validate", "validations", "valids", "vals"),
     TEST: ("testings", "tests", "tst"),
 }
@@ -166,7 +166,7 @@ def assign_splits(files: Sequence[Path], source: Path, *, by_folder: bool = Fals
 
 
 def enclosing_folder_warnings(source: Path) -> list[str]:
-    """Return a warning if a source has no split in its names, but is (in) a folder named like validation or test."""
+    """Return a warning if a source names no split, but is (or is in) a folder named like a validation or test split."""
     absolute = Path(os.path.abspath(source))
     name = absolute.name if source.is_dir() else absolute.parent.name
     similar = similar_split(name)
@@ -202,7 +202,7 @@ def no_validation_note(test: str) -> str:
 
 
 def _split_location(path: str, split: str) -> str:
-    """Return the part of a path that determines its split: a folder, or the folders of the file and the split word."""
+    """Return the part of a path that determines its split: a folder, or the path of the file up to its split word."""
     parts = path.split("/")
     last = max(i for i, part in enumerate(parts) if split in splits_in(part))
     if last < len(parts) - 1:
