@@ -93,7 +93,7 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
         values = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not TOML
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: the file is not UTF-8 or not TOML
         raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
     try:
         return _with_values(recipe, values)
@@ -111,7 +111,7 @@ def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         UserError: a value is invalid; the message names the section and the field.
     """
     try:
-        # TOML has dates, which JSON lacks: `str` converts them.
+        # TOML values can be dates, which JSON does not support: `str` converts them.
         merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)
         return _SCHEMA.validate_json(merged, strict=True, extra="forbid")
     except ValidationError as error:

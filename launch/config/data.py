@@ -21,9 +21,9 @@ from shards.option_help import default
 from shards.ranges import Batch, Fraction, check_ranges
 
 DEFAULT_DATA = Path("imagenet-shards")
-# FAT downsamples images by 32.
+# FAT downsamples images by a factor of 32.
 ModelSide = Annotated[int, Interval(ge=32, le=8192)]
-# Evaluation resizes the image to size / crop_pct first: a small value makes that image huge.
+# Evaluation first resizes images to size / crop_pct pixels, so a small crop_pct would make them huge.
 CropPct = Annotated[float, Interval(ge=0.1, le=1)]
 
 

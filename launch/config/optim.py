@@ -11,11 +11,11 @@ from launch.config.errors import RecipeError
 from shards.option_help import default
 from shards.ranges import Decay, check_ranges
 
-# The released code gives its learning rates for a batch of 512 and scales them linearly.
+# The released code gives its learning rates for a batch size of 512 and scales them linearly.
 LR_REFERENCE_BATCH = 512
 DEFAULT_WARMUP = 20.0
-# Fraction of all epochs. The cosine begins at step 0, so the learning rate drops when warm-up ends: by 2.5 % at this
-# length, and by more after a longer warm-up.
+# Longest recommended warm-up, as a fraction of all epochs. The cosine begins at step 0, so the learning rate drops when
+# warm-up ends: by 2.5 % after a warm-up of this length, and by more after a longer one.
 MAX_WARMUP_FRACTION = 0.1
 
 OptimizerName = Literal["adamw"]

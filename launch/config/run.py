@@ -14,10 +14,10 @@ from launch.machine.network import START_TIMEOUT
 from shards.option_help import default
 from shards.ranges import Seconds, Seed, Steps, check_ranges
 
-# Rank 0 waits for the lock while the other ranks wait for rank 0. Their timeout must not come first: its message would
-# not mention the lock.
+# Rank 0 waits for the lock while the other ranks wait for rank 0. Their timeout must not expire first, because
+# its message would not mention the lock.
 MAX_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
-# Seconds after the hang timeout. The watchdog kills a trainer that is stuck at most a minute after it.
+# Added to the hang timeout, in seconds: the watchdog kills a stuck trainer at most one minute after that timeout.
 LOCK_WAIT_MARGIN = 120.0
 
 

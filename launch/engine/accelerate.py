@@ -40,7 +40,7 @@ def wrap(
     Args:
         model: on its device.
         zero: ZeRO stage; 0 = DDP.
-        bf16, micro_batch, accumulation, clip_grad: only for the DeepSpeed configuration.
+        bf16, micro_batch, accumulation, clip_grad: used only in the DeepSpeed configuration.
 
     Returns:
         The wrapped model, and the optimizer to step: PyTorch's without ZeRO, else DeepSpeed's.
@@ -114,7 +114,7 @@ def deepspeed_config(
     if zero == 3:
         settings["overlap_comm"] &= next(model.parameters()).is_cuda
     else:
-        # Every backward pass allocates a full bucket, so it should not be larger than all gradients.
+        # Every backward pass allocates a full gradient bucket, so a bucket should not be larger than all gradients.
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings["reduce_bucket_size"] = min(settings["reduce_bucket_size"], trained)
     caller_clips = zero < 3 and fused

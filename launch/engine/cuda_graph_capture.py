@@ -58,7 +58,7 @@ class CudaRecorder:
                 try:
                     results = work()
                 except Exception as error:
-                    failure = error  # raised below: ending an invalid capture raises a less specific error
+                    failure = error  # raised below, because ending an invalid capture raises a less specific error
         except Exception as error:
             failure = failure or error
             torch.cuda.set_stream(before)  # a failed torch.cuda.graph does not restore the stream
@@ -68,7 +68,7 @@ class CudaRecorder:
         return results, graph.replay
 
     def release(self) -> None:
-        gc.collect()  # model parts, autograd nodes and tracebacks form reference cycles
+        gc.collect()  # frees model parts, autograd nodes and tracebacks, which form reference cycles
         torch.cuda.empty_cache()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -78,7 +78,7 @@ class CudaRecorder:
         default generator would raise "Offset increment outside graph capture".
         """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # raised if PyTorch has already ended the allocation
+        with suppress(RuntimeError):  # raised if PyTorch has already ended the allocation to the pool
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
             _ABANDONED.append(graph)
@@ -98,7 +98,8 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-# The allocator of pinned memory keeps pointers to these graphs, to query whether they are being captured.
+# Graphs of failed captures are kept alive, because the allocator of pinned memory has pointers to them, through which
+# it queries whether they are being captured.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}

@@ -34,7 +34,7 @@ class GraphedModel:
 
     Args:
         model: module with one input and one output tensor, not yet wrapped by DDP or DeepSpeed.
-        recorder: captures and replays.
+        recorder: captures and replays the CUDA graphs.
         keeps_gradients: replays write to static `grad` tensors of the parameters, instead of passing gradients to
             autograd. Each backward pass overwrites the previous gradients, and no hooks are called. Invalid with
             gradient accumulation, DDP or DeepSpeed.
@@ -45,8 +45,8 @@ class GraphedModel:
         self._eager = model.forward
         self._parts = _parts(model)
         self._captured: list[_CapturedPart] = []
-        # With `keeps_gradients`, this replaces the parameters as an input that requires a gradient, so that autograd
-        # runs the backward pass.
+        # With `keeps_gradients`, this tensor replaces the parameters as the input that requires a gradient, so that
+        # autograd runs the backward pass.
         self._anchor = torch.zeros((), requires_grad=True)
         model.forward = self._forward
 
@@ -147,7 +147,7 @@ class _Part(nn.Module):
         return {name: parameter.detach().requires_grad_() for name, parameter in self.trained().items()}
 
     def run(self, leaves: dict[str, Tensor], x: Tensor, autocast: torch.dtype | None) -> Tensor:
-        # Without the cache, because every graph, and so every replay, must cast the weights again.
+        # Without autocast's cache, because every graph, and so every replay, must cast the weights again.
         cast_to = torch.autocast(x.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
         with torch.enable_grad(), cast_to:
             return cast(Tensor, functional_call(self, leaves, (x,)))
@@ -182,7 +182,7 @@ class _CapturedPart:
         self.output = cast(Tensor, results[0])
 
     def record_backward(self, grad_output: Tensor, recorder: Recorder) -> Tensor | None:
-        """Capture the backward pass from the static gradient of the output; return that of the input, if any."""
+        """Capture the backward pass from the output's static gradient; return the input's gradient, if required."""
         inputs = [self.input] if self.input.requires_grad else []
         leaves = list(self._leaves.values())
         # Allocated outside the graphs' pool: accumulated gradients must survive the next forward pass, which may reuse

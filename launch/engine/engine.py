@@ -34,13 +34,14 @@ from pipeline.rng import Stream, seed64
 class StepResult:
     """Results of a step, on the device. Reading them waits for the step to finish.
 
-    With ZeRO 3, and with ZeRO 1 and 2 if the optimizer is not fused, DeepSpeed has already waited to read the norm.
+    With ZeRO 3, and with ZeRO 1 and 2 if the optimizer is not fused, the host has already waited for the norm.
     """
 
     loss: Tensor
-    """float32 scalar: mean over this rank's rows."""
+    """float32 scalar: mean loss over this rank's rows."""
     grad_norm: Tensor
-    """float32 scalar: global norm before clipping, equal on all ranks. If it is not finite, the update was skipped."""
+    """float32 scalar: global gradient norm before clipping, equal on all ranks. The update was skipped if
+    it is not finite."""
 
 
 class Engine:
@@ -65,9 +66,9 @@ class Engine:
         model = self.execution.apply_memory_format(model.to(world.device))
         model = convert_sync_batchnorm(model, recipe.parallel.sync_bn, world)
         self.execution.compile_model(model)
-        # Before wrapping, because wrappers call `model.forward`, which GraphedModel replaces.
+        # GraphedModel replaces `model.forward`, so it is created before DDP or DeepSpeed wraps the model.
         graphed = self.execution.compile == "cudagraphs"
-        # Static gradients require that neither DDP, DeepSpeed nor accumulation uses them.
+        # Static gradients are invalid with DDP, DeepSpeed or gradient accumulation.
         keeps = not self.zero and world.size == 1 and accumulation == 1
         recorder = RECORDERS[world.device.type](world.device) if graphed else None
         self._graphs = GraphedModel(model, recorder, keeps_gradients=keeps) if recorder else None
@@ -87,13 +88,15 @@ class Engine:
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
-        self._wrapped.eval()  # then the first `_set_training_mode` also sets the mode of frozen layers
+        # Without this, the first `_set_training_mode` would return early and not set the mode of frozen layers.
+        self._wrapped.eval()
         self._staging: dict[str, Tensor] = {}
         self._state = OptimizerState(
             self.zero, self.model, self._optimizer, world, moments=spec.moments, decay=optim.ema
         )
         self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
-        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # `wrap` explains the reason
+        # DeepSpeed's clipping would make the host wait for the device (see `wrap`).
+        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"
         self.notes: list[str] = []
         """Messages for the log about the setup of the engine."""
         if self._graphs is not None:
@@ -154,7 +157,7 @@ class Engine:
         return StepResult(total, norm)
 
     def _set_training_mode(self) -> None:
-        if self.model.training:  # skip this if possible: it takes 1 to 2 ms of host time
+        if self.model.training:  # do not set the mode again: it takes 1 to 2 ms of host time
             return
         self._wrapped.train()
         for norm in self._frozen:
@@ -169,8 +172,8 @@ class Engine:
         """
         self.average_statistics()
         self._wrapped.eval()
-        # The unwrapped module, because wrappers would add collectives. Eager even if training is compiled, because
-        # compiling again for evaluation would take minutes.
+        # Evaluate the unwrapped module, because wrappers would add collectives, and eagerly even if training is
+        # compiled, because compiling again for evaluation would take minutes.
         forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._state.averaged() if average else contextlib.nullcontext(), fat.kernels.use(self.execution.kernels):
@@ -207,7 +210,7 @@ class Engine:
         if not self.world.is_main:
             return {}
         cuda = self.world.device.type == "cuda"
-        if not self._staging:  # allocated once: page faults of new memory cost more than the copy
+        if not self._staging:  # allocated only once, because page faults of new memory take longer than the copy
             self._staging = {
                 key: torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda) for key, value in state.items()
             }

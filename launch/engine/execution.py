@@ -55,7 +55,7 @@ class Execution:
     compile: Mode
     optimizer_impl: OptimizerImpl
     eager_reason: str = ""
-    """Why this GPU runs eagerly instead of with CUDA graphs, the default; empty if it does not."""
+    """Reason for eager execution on a GPU, where CUDA graphs are the default; empty if there is none."""
 
     @classmethod
     def of(
@@ -152,9 +152,9 @@ def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
 
 
 def capture_on_all_ranks(graphs: GraphedModel, images: torch.Tensor, autocast: torch.dtype | None, world: World) -> str:
-    """Capture the training passes on all ranks, or on none if a capture fails; return the reason. Collective.
+    """Capture the training passes on all ranks, or on none if a capture fails; return its error, or an empty string.
 
-    For the arguments see `GraphedModel.warm_up`.
+    Collective. For the arguments see `GraphedModel.warm_up`.
     """
     # Errors of the warm-up are not caught: they would also occur in training, and other ranks may be in a collective.
     graphs.warm_up(images, autocast)

@@ -48,7 +48,7 @@ class KernelCheckResult:
     seconds: float = 0.0
     """Duration of the comparison on rank 0's node, without compilation."""
     warnings: tuple[str, ...] = ()
-    """Why the comparison or the compilation ahead of time failed, on any node."""
+    """Reasons why the comparison or the compilation ahead of time failed, from all nodes."""
     compilation: str = ""
     """Summary of the kernels that were compiled ahead of time on rank 0's node."""
 
@@ -104,7 +104,7 @@ def check_kernels(
     Args:
         model: it is not changed.
         size: height and width of its images in pixels.
-        dtype: dtype of the batches. bfloat16: the model runs under autocast; float32: without.
+        dtype: dtype of the batches. bfloat16: the model runs under autocast; float32: without autocast.
         gradients: whether the model is trained, not only evaluated.
         frozen_norms: whether BatchNorm uses its running statistics in training.
         augment: augmentation that the loader runs on the device; None: none.
@@ -151,7 +151,7 @@ def check_kernels(
 
 
 def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], world: World) -> KernelCheckResult:
-    """Compile the kernels of `work` and of the comparison, then compare."""
+    """Compile the kernels of `work` and of the comparison, then compare them with PyTorch."""
     checks: list[Check] = []
     warnings: list[str] = []
     try:

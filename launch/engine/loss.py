@@ -39,7 +39,7 @@ def count_batches(
     precision: str,
     outputs: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evaluate batches without gradients; yield the labels (int64 [B]) of each batch and its `count_correct`.
+    """Evaluate batches without gradients; yield each batch's labels (int64 [B]) and the result of `count_correct`.
 
     Args:
         forward: images [B, 3, H, W] -> logits [B, N].

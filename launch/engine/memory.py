@@ -9,8 +9,8 @@ from launch.feed import Feed
 from launch.machine.world import World
 from shards.memory import check_memory
 
-# A lower bound: FAT-B0 keeps 1,354 bytes of float32 activations per pixel of an image for the backward pass
-# (`fat.count`), and the other variants keep more.
+# Lower bound on the float32 activations that are kept for the backward pass, in bytes per pixel of an image: FAT-B0
+# keeps 1,354 bytes (`fat.count`), and the other variants keep more.
 ACTIVATION_BYTES_PER_PIXEL = 1000
 CHANNELS = 3
 
@@ -28,8 +28,8 @@ def check_batches_fit(feed: Feed) -> None:
     rows, pixels = feed.shape.micro_rows, data.size**2
     _, precision = zero_and_precision(feed.recipe.parallel, world.device, ranks=world.size)
     itemsize = 2 if precision == "bf16" else 4
-    # All micro-batches of the current step, the batches that are ready, and those being decoded (as uint8). Evaluation
-    # has separate batches.
+    # Memory holds all micro-batches of the current step, the batches that are ready, and those being decoded (as
+    # uint8). Evaluation has separate batches.
     ahead = settings.ready * itemsize + settings.decode_ahead
     numbers = feed.shape.rank_rows * itemsize + rows * ahead + feed.eval_rows * (itemsize + ahead)
     batches = numbers * pixels * CHANNELS
@@ -49,7 +49,7 @@ def check_batches_fit(feed: Feed) -> None:
 
 
 def check_device_memory(what: str, needed: float, remedy: str, world: World) -> None:
-    """Check that `needed` bytes per rank fit on its device; on CPUs, the ranks of this machine share its memory.
+    """Check that `needed` bytes per rank fit into device memory; on CPUs, the ranks of this machine share its memory.
 
     Raises:
         UserError: see `shards.memory.check_memory`.

@@ -16,7 +16,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """How to build an optimizer, and its state."""
+    """How to build an optimizer, and the names of its state tensors."""
 
     build: Callable[[Groups, tuple[float, float], float, OptimizerImpl], torch.optim.Optimizer]
     """(parameter groups, betas, eps, implementation) -> optimizer. The learning rate is set at every step."""
@@ -32,9 +32,9 @@ def _adamw(groups: Groups, betas: tuple[float, float], eps: float, impl: Optimiz
 class Updater:
     """Clips gradients by their global norm and steps the optimizer, if the norm is finite.
 
-    With a fused optimizer, all of this runs on the device; otherwise the host waits for the norm. For fused AdamW the
-    results are bitwise those of PyTorch, whose Python code is bypassed because it visits every parameter a dozen times
-    per step: hooks of the optimizer are not called.
+    With a fused optimizer, all of this runs on the device; otherwise the host waits for the norm. For fused AdamW, the
+    results are bitwise equal to PyTorch's. PyTorch's Python code is bypassed, because it visits every parameter a dozen
+    times per step; hooks of the optimizer are therefore not called.
 
     Args:
         optimizer: AdamW of `OPTIMIZERS`, after `create_state`. Its state tensors must not be replaced later.
@@ -89,8 +89,8 @@ class Updater:
 
 
 def create_state(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], moments: Sequence[str]) -> None:
-    """Create the state that an optimizer creates in its first step, so that a checkpoint can be loaded before it."""
-    fused = optimizer.defaults["fused"]  # otherwise the host reads the step number in every step
+    """Create the state that an optimizer creates in its first step, to load a checkpoint before that step."""
+    fused = optimizer.defaults["fused"]  # otherwise the host reads `step` at every step, so it is on the CPU
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.tensor(0.0, device=parameter.device if fused else "cpu"),

@@ -16,7 +16,8 @@ from launch.config.recipe import Recipe
 from launch.machine.world import World
 from pipeline.batch_shape import divisors, nearest
 
-# Attention pools the image to ceil(side / 32) pixels per side: from this size on, to more than one pixel.
+# Minimum image size in pixels if a batch has one image: attention pools it to ceil(size / 32) pixels per side, and
+# BatchNorm needs more than one pixel.
 MIN_SIZE_OF_ONE_IMAGE = 33
 
 
@@ -150,8 +151,9 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, inverse = ctx.saved_tensors
-        grad_out = grad_out.contiguous(memory_format=_memory_format(input))  # PyTorch's kernels expect equal strides
-        # Compiled code is faster with plain operations, which the compiler fuses, than with PyTorch's kernels.
+        # PyTorch's BatchNorm kernels expect equal strides of input and gradient.
+        grad_out = grad_out.contiguous(memory_format=_memory_format(input))
+        # Compiled code is faster with plain operations, which the compiler fuses, than with these kernels.
         fused = input.is_cuda and not torch.compiler.is_compiling()
         if fused:
             sums = torch.batch_norm_backward_reduce(grad_out, input, mean, inverse, weight, True, False, False)[:2]

@@ -64,7 +64,7 @@ class OptimizerState:
         gradients = [gradient for group in self._outer.averaged_gradients.values() for gradient in group]
         norm = nn.utils.get_total_norm(gradients)
         if self._world.size > 1:
-            squares = norm.double().square()  # float32 overflows at norms above 1.8e19
+            squares = norm.double().square()  # in float32, squares of norms above 1.8e19 overflow
             dist.all_reduce(squares)
             norm = squares.sqrt().float()
         clip_by_norm(gradients, norm, max_norm)
@@ -88,8 +88,8 @@ class OptimizerState:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Return a context in which the module has the weights and statistics of the EMA."""
-        # With ZeRO the module has separate weights. They are gathered before the context, not after it, because a rank
-        # that raises within it must not run a collective.
+        # With ZeRO, the module's weights are separate from those that the optimizer updates. They are gathered before
+        # the context is entered, because a rank that exits it with an error must not run a collective.
         current = self._gathered() if self._zero else {}
         self._swap_average()
         self._write_module(self._gathered() if self._zero else {})
@@ -244,7 +244,7 @@ class OptimizerState:
             write_moment(parameter, value, moment) if moment else write(parameter, value)
 
     def _own_partition(self, parameter: Any, value: Tensor) -> Tensor:
-        """Return this rank's slice of a ZeRO-3 parameter, with padding, which DeepSpeed's full setters omit."""
+        """Return this rank's slice of a ZeRO-3 parameter, with padding, which DeepSpeed's `safe_set_full_*` omit."""
         size = parameter.partition_numel()
         flat = value.flatten()
         padded = nn.functional.pad(flat, (0, size * self._world.size - flat.numel()))

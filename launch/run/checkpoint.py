@@ -197,7 +197,7 @@ def _contradiction(meta: Meta, step: int) -> str:
 
 
 def _raise_read_error(path: Path, name: str, error: OSError) -> NoReturn:
-    """Raise `DamagedCheckpoint` if a file is missing or not a file, else `StorageFailed`: it may be undamaged."""
+    """Raise `DamagedCheckpoint` if a file is missing or not regular, else `StorageFailed`: it may be undamaged."""
     failure = storage_error(path / name, error)
     if isinstance(failure, StorageFailed):
         raise failure from error

@@ -38,7 +38,7 @@ from launch.run.progress import Progress
 from shards.errors import UserError, storage_error
 from shards.files.durable import sync_folder
 
-# Names of a checkpoint that is being written (tmp), and of one that is being replaced by another of the same step.
+# Name of a checkpoint while it is written (tmp), or while a new checkpoint of the same step replaces it (replaced).
 UNFINISHED = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]{8}\.(tmp|replaced)")
 
 
@@ -79,7 +79,7 @@ class CheckpointFolder:
             for path, name, kind in self._unfinished():
                 if kind == "tmp":
                     _remove(path)
-                elif not os.path.lexists(self.folder / name):  # the trainer was killed between two renames
+                elif not os.path.lexists(self.folder / name):  # the trainer was killed between the renames of `save`
                     path.rename(self.folder / name)
             check_writable(self.folder)
         except OSError as error:
@@ -113,13 +113,13 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             fact = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise CheckpointError(f"{final}: checkpoint not written ({fact})") from error
-        finally:  # executed after all errors
+        finally:  # executed also after errors that are not caught above
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 if not os.path.lexists(final):
                     replaced.rename(final)
         self._damaged.discard(final)
-        with contextlib.suppress(OSError, UserError):  # removing old checkpoints is not essential
+        with contextlib.suppress(OSError, UserError):  # failing to remove old checkpoints must not fail the save
             self._remove_old(progress.step)
         return final
 
@@ -171,7 +171,7 @@ class CheckpointFolder:
         while os.path.lexists(target := self.folder.with_name(f"{self.folder.name}-before-{number}")):
             number += 1
         try:
-            self.folder.rename(target)  # atomic, so that the new run cannot find some of the old checkpoints
+            self.folder.rename(target)  # atomic, so that a new run never finds only some of the old checkpoints
             self._create()
             for name in os.listdir(target):
                 if not (NAME.fullmatch(name) or UNFINISHED.fullmatch(name)):
@@ -186,7 +186,7 @@ class CheckpointFolder:
             sync_folder(self.folder.parent)
 
     def newest_step(self) -> int | None:
-        """Return the step of the newest checkpoint, even if it is damaged; None if none can be listed."""
+        """Return the step of the newest checkpoint, even if it is damaged; None if none exists or can be listed."""
         try:
             return max((entry.step for entry in self._entries()), default=None)
         except UserError:
@@ -220,8 +220,8 @@ class CheckpointFolder:
         for path, _, kind in self._unfinished():
             if kind == "replaced":
                 _remove(path)
-        # Checkpoints of later steps must be damaged, or the run would have resumed from them. They do not count for
-        # `keep`.
+        # Checkpoints of steps after `saved_step` must be damaged, or the run would have resumed from them. They do not
+        # count toward `keep`.
         entries = [entry for entry in self._entries() if entry.in_place and entry.step <= saved_step]
         complete, best, unreadable = [], [], []
         for entry in entries:
@@ -256,6 +256,6 @@ def _remove(path: Path) -> None:
         if not set(os.listdir(path)) <= {META, STATE}:
             return
         temporary = _unfinished_path(path.with_name(unfinished[1] if unfinished else path.name), "tmp")
-        path.rename(temporary)  # if the trainer is killed now, no partial checkpoint has a checkpoint's name
+        path.rename(temporary)  # so that an interrupted removal leaves no partial checkpoint with a valid name
         path = temporary
     shutil.rmtree(path, ignore_errors=True)

@@ -36,7 +36,7 @@ class BackgroundWriter:
         """Error message of the last failed save."""
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> None:
-        """Start to write, after waiting for the previous save. `state` must not change before `wait` has returned."""
+        """Start to write a checkpoint after the previous save. `state` must not change before `wait` has returned."""
         self.wait()
         self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint), progress
 

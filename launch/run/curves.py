@@ -84,12 +84,12 @@ def _draw_accuracy(axes: Any, evals: dict[WeightsKind, list[dict[str, Any]]]) ->
             label = f"{metric[:3]}-{metric[3:]}{name}"
             axes.plot(steps, [100 * value for value in values], "o-", label=label, markersize=3)
     tops = {weights: max(line["top1"] for line in found) for weights, found in evals.items()}
-    best = max(tops, key=lambda weights: tops[weights])  # max prefers the first of equal values: the weights
+    best = max(tops, key=lambda weights: tops[weights])  # if values are equal, max returns the first: the weights
     name = f" ({WEIGHTS_NAMES[best]})" if len(evals) > 1 else ""
     axes.set(title=f"validation accuracy, best {tops[best]:.2%}{name}", xlabel="step", ylabel="%")
     axes.legend(frameon=False)
 
 
 def _column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps of the lines, and the value called `name` of each line."""
+    """Return the steps of metrics lines, and the value called `name` of each line."""
     return [line["step"] for line in lines], [line[name] for line in lines]

@@ -10,7 +10,7 @@ from shards.errors import UserError
 from shards.files import regular
 from shards.files.durable import temporary_name
 
-# Errors of paths that cannot be a run folder. All other errors are failures of the storage.
+# Error numbers of paths that cannot be a run folder. All other errors are failures of the storage.
 _BAD_PATH = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EINVAL)
 _PROBE_BYTES = 4096
 

@@ -53,7 +53,7 @@ def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
 
     fixed = found.fingerprint.fixed
     added = fixed.get("val_index") is None and current.fixed.get("val_index") is not None
-    if added:  # permitted, because there are no earlier accuracies to compare with
+    if added:  # a new validation split is permitted: there are no earlier accuracies to compare with
         fixed = fixed | {"val_index": current.fixed["val_index"]}
     if changed := changes(fixed, current.fixed):
         raise CheckpointError(

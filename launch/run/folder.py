@@ -43,7 +43,7 @@ T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
 RESUME_HINT = "correct this, then start the run again: it resumes"
 
-# Files whose temporary files are removed, because a killed process may have left them.
+# Names of files whose temporary copies are removed at the start, because a killed process may have left them.
 _WRITTEN = r"probe|recipe\.json|classes\.json|status|curves\.png|weights(-ema)?\.safetensors"
 
 
@@ -101,7 +101,7 @@ class RunFolder:
         return self._resumed, messages
 
     def _choose_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the checkpoint to resume from, and messages. On rank 0."""
+        """Return the checkpoint to resume from (None: start anew), and messages. Called only on rank 0."""
         check_metrics(self.path)
         self._remove_temporary_files()
         self._checkpoints.prepare()
@@ -120,7 +120,7 @@ class RunFolder:
         return found, messages
 
     def _archive(self) -> Path | None:
-        """Move checkpoints and metrics to checkpoints-before-N; return that folder, or None without checkpoints."""
+        """Move checkpoints and metrics to checkpoints-before-N; return that folder, or None if no checkpoint exists."""
         archive = self._checkpoints.archive()
         metrics = self.path / METRICS_NAME
         try:
@@ -146,7 +146,7 @@ class RunFolder:
         Raises:
             RunFailed: the last `MAX_FAILURES` saves have failed.
         """
-        self._writer.wait()  # `state_dict` overwrites the tensors of the previous save
+        self._writer.wait()  # because `state_dict` overwrites the tensors that the previous save writes
         failures, reason = self._on_main(lambda: (self._writer.failures, self._writer.reason))
         if failures >= MAX_FAILURES:
             raise RunFailed(
@@ -198,7 +198,7 @@ class RunFolder:
 
     def _export(self, state: dict[str, Tensor], step: int) -> list[str]:
         messages = [f"warning: {error}" for error in self.save_errors()]
-        with torch.device("meta"):  # the model is only used for its config
+        with torch.device("meta"):  # no memory is allocated, because only the model's config is used
             model = fat.FAT(config_of(self._recipe, self._feed.classes))
         info = replace(self._info, step=step)
         for name, average in (("weights", False), ("weights-ema", True)):
@@ -240,7 +240,7 @@ class RunFolder:
         if found is None or found.status == "running":
             invalid_input = isinstance(error, UserError) and error.exit_code == UserError.exit_code
             self._write_status("refused" if invalid_input else "failed", f"{kind.__name__}: {error}")
-        elif found.step is None:  # another rank has written why the run failed, without the step
+        elif found.step is None:  # another rank has written why the run failed, but not the checkpoint's step
             self._write_status(found.status, found.reason, found.nodes or ())
 
     def _write_status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:

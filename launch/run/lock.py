@@ -22,7 +22,7 @@ class FolderInUse(UserError):
 
 
 class FolderLock(contextlib.ExitStack):
-    """The lock of a run folder, released by `close`. See `shards.files.lock` for holders that were killed.
+    """The lock of a run folder, released by `close`. A killed process loses its lock (see `shards.files.lock`).
 
     Args:
         wait: seconds to wait for an earlier trainer, which may be saving.

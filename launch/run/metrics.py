@@ -28,7 +28,7 @@ from pipeline.batch import Batch
 from pipeline.data_wait import DataWait
 from shards.redact import printable
 
-# `kind` of the metrics lines of evaluations, and names for messages.
+# For each kind of weights: the `kind` of its evaluation lines in the metrics, and its name in messages.
 EVALUATION_KINDS: dict[WeightsKind, str] = {"weights": "eval", "average": "eval-ema"}
 WEIGHTS_NAMES: dict[WeightsKind, str] = {"weights": "weights", "average": "moving average"}
 
@@ -135,7 +135,7 @@ class Metrics:
         """Log messages of the start, and the values of options that were not set.
 
         Args:
-            resolved: name and value of each.
+            resolved: the values of these options, by name.
         """
         self._write("resolved", step=self._resumed.step, **resolved)
         self.print(*messages, "; ".join(f"{name}: {value}" for name, value in resolved.items()))
@@ -159,7 +159,7 @@ class Metrics:
         return self._resumed.seconds + time.perf_counter() - self._clock
 
     def finish(self, progress: Progress) -> None:
-        """Write the last line, and print the best and the last accuracies."""
+        """Write the last line of the metrics, and print the best and the last accuracies."""
         best = {"best": progress.best, "best_of": progress.best_of} if progress.best_of else {"best": None}
         self._write("end", step=progress.step, seconds=round(progress.seconds, 1), **best)
         text = f"{progress.step} steps in {progress.seconds:.0f} s"

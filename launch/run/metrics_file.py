@@ -106,7 +106,7 @@ class MetricsLog:
 
 
 def _append(handle: int, line: bytes) -> None:
-    """Append a complete line. If the disk is full, truncate a part of it that has been written."""
+    """Append a complete line. If the disk is full, remove the part of the line that has been written."""
     size = os.fstat(handle).st_size
     if size and os.pread(handle, 1, size - 1) != b"\n":  # an earlier process was killed while it wrote a line
         line = b"\n" + line

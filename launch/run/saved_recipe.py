@@ -20,8 +20,8 @@ from shards.schema import parse_json
 
 RECIPE_NAME = "recipe.json"
 CLASSES_NAME = "classes.json"
-"""File of the classes of the model's outputs (`fat.ClassList.dumps`), with all names."""
-MAX_BYTES = 1 << 20  # maximum size; a typical recipe.json has 6 kB
+"""File of the classes of the model's outputs, including their names (`fat.ClassList.dumps`)."""
+MAX_BYTES = 1 << 20  # maximum size of a file; a typical recipe.json has 6 kB
 Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 
 
@@ -64,7 +64,7 @@ def read_saved_run(run: Path) -> SavedRun:
         raise UserError(f"{path}: cannot be read ({error.strerror}); use a run folder") from error
     except ValueError as error:
         raise UserError(f"{path}: invalid recipe ({error}); restore the file, or use a weights file") from error
-    except UserError as error:  # the options contradict one another
+    except UserError as error:  # raised if the options contradict one another
         raise UserError(f"{path}: invalid recipe ({error}); restore the file") from error
 
 
@@ -141,7 +141,7 @@ def _fill_unset(options: T, before: T) -> T:
 
 
 def _differences(before: Any, after: Any) -> list[str]:
-    """Return the fields that differ as command-line options, with the values of `after`."""
+    """Return the fields that differ, formatted as command-line options with the values of `after`."""
     values = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in dataclasses.fields(after)]
     return [
         f"--{name.replace('_', '-')} {new}"

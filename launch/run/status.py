@@ -70,7 +70,8 @@ def write_status(
         best: best top-1 accuracy so far (fraction), and which weights reached it ("weights" or "average").
 
     Returns:
-        Whether it was written. No error is raised, so that the error that ends the run, such as a full disk, is shown.
+        Whether the file was written. No error is raised, so that the error that ends the run (such as a full disk) is
+        shown.
     """
     content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason)}
     if best is not None:

@@ -22,9 +22,9 @@ WANDB_ID = "wandb-id"
 PROJECT = "fat-pipeline"
 
 _TRANSIENT = ("Comm", "Connection", "Timeout")
-"""Parts of the names of errors that may not occur in the next start."""
+"""Substrings of the class names of transient errors, which may not occur in the next start."""
 _EXTRAS = {"tensorboard": "track", "wandb": "wandb"}
-# What to do if a tracker cannot start.
+# Advice in the error message, by tracker, if the tracker cannot start.
 _REMEDIES = {
     "tensorboard": "repair the installation ('pip install --force-reinstall tensorboard')",
     "wandb": "log in ('wandb login', or WANDB_API_KEY), or log to files only (WANDB_MODE=offline)",
@@ -41,8 +41,8 @@ class Trackers:
     """The trackers of `--tracker`, on rank 0.
 
     They start before the run folder is created. If one cannot start, a new run ends with an error, but a resumed run
-    continues without it. Later failures never end the run: `messages` returns the first of consecutive failures of a
-    tracker, and the next line is logged to it again.
+    continues without it. Later failures never end the run: `messages` returns only the first of consecutive
+    failures of a tracker, and later lines are still sent to it.
 
     Args:
         resumes: whether the run is resumed from its run folder.
@@ -77,7 +77,7 @@ class Trackers:
                 self._report_failure(name, error)
 
     def _start(self, name: str) -> None:
-        """Import the library and log in, without the run folder."""
+        """Import the tracker's library and log in; the run folder need not exist yet."""
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
@@ -171,7 +171,7 @@ def _saved_id(run: Path) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Return nested values by `section.name`, converted to types that every tracker accepts."""
+    """Flatten nested values to keys `section.name`, and convert them to types that every tracker accepts."""
     flat: dict[str, int | float | str | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):
