@@ -43,8 +43,8 @@ class DataConfig:
     cache_size: Annotated[
         Annotated[float, Interval(gt=0, le=10**9)] | None, default("80 % of the free space of the cache's disk")
     ] = None
-    """Maximum size of the cache in GiB, for all sets together. When it is full, the least recently used shards are
-    evicted, and downloaded again when they are needed."""
+    """Maximum size of the cache in GiB, for all shard sets together. When it is full, the least recently used shards
+    are evicted, and downloaded again when they are needed."""
     cache_shared: bool = False
     """Use one cache for all users in the group of the cache folder, instead of one cache per user."""
     size: ModelSide = 224
