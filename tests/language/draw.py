@@ -39,7 +39,17 @@ class Prose:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}\n    " + "\n    ".join(self.text.splitlines())
+        shown = [*self.text.splitlines(), *([f"[code] {self.code()}"] if self.kind == "comment" else [])]
+        return f"{self.file}:{self.line}\n    " + "\n    ".join(shown)
+
+    def code(self) -> str:
+        """Return the line of code that a comment or docstring is about: its own, the next or the previous one."""
+        lines = (ROOT / self.file).read_text().splitlines()
+        own = lines[self.line - 1].strip()
+        if not self.text.startswith("#"):  # a docstring
+            return lines[self.line - 2].strip() if self.line > 1 else ""
+        following = self.line - 1 + len(self.text.splitlines())
+        return own if not own.startswith("#") else lines[following].strip() if following < len(lines) else ""
 
 
 def prose(folders: tuple[str, ...] = PACKAGES) -> Iterator[Prose]:
