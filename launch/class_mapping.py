@@ -19,11 +19,11 @@ def map_classes(
         trained: classes of the model; None: its weights have no class names.
         outputs: number of outputs of the model.
         evaluated: classes of the data set.
-        model, data: paths, for messages.
+        model, data: paths to show in messages.
 
     Returns:
         The output of each class (None: output i is class i, and all outputs are compared), and notes that the reader of
-        the results must know. There are none if model and set have the same classes in the same order.
+        the results must know. The notes are empty if model and set have the same classes in the same order.
 
     Raises:
         UserError: the set has classes that the model was not trained on, or the classes cannot be compared.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from launch.config.recipe import Recipe
 
 CHART_FORMATS = (".png", ".pdf", ".svg")
-BENCH_BATCH = {"cuda": 256, "cpu": 16}  # images per forward pass; the recipe's 1024 is meant for several GPUs
+BENCH_BATCH = {"cuda": 256, "cpu": 16}  # images per forward pass; the default batch of 1024 is meant for several GPUs
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Bench:
         return 0
 
     def _recipe(self, training: Sequence[str], rows: int) -> Recipe:
-        """Return the recipe of the training options; without a batch size, with at most `rows` per forward pass."""
+        """Return the recipe of the training options, with at most `rows` images per forward pass by default."""
         from pipeline.batch_shape import BatchShape
 
         recipe = _training_recipe(self.dataset, training)
@@ -205,7 +205,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of the output has ended, as in `pipeline info SET | head`
+    except BrokenPipeError:  # the program that reads the output has exited, as in `pipeline info SET | head`
         sys.stderr.close()
         return 1
     except Exception as error:

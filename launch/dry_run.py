@@ -28,7 +28,7 @@ def show_run(recipe: Recipe, world: World) -> None:
     """Print a description of the run, on rank 0.
 
     Raises:
-        UserError: recipe, data and world do not fit together.
+        UserError: recipe, data and world size do not fit together.
     """
 
     def warn_of_memory(feed: Feed) -> None:

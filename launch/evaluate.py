@@ -90,7 +90,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     """Run the evaluation. Collective.
 
     Returns:
-        On rank 0 samples, top1 and top5 (fractions), loss, and the same by class folder; None on other ranks.
+        On rank 0: samples, top1 and top5 (fractions), loss, and the same per class folder; None on other ranks.
 
     Raises:
         UserError: model or data do not exist, or the data set has other classes than the model.

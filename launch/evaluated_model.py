@@ -19,18 +19,18 @@ from launch.run.saved_recipe import restore_class_names
 from shards.errors import UserError
 from shards.redact import printable
 
-MAX_ERROR = 200  # characters of PyTorch's message, which lists all tensors that do not fit
+MAX_ERROR = 200  # maximum characters of PyTorch's message, which lists all tensors that do not match
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model, and the settings of its training that its evaluation needs."""
+    """Model to evaluate, and the settings of its training that the evaluation needs."""
 
     model: fat.FAT
     source: Path
     """Path of the weights file or checkpoint."""
     classes: fat.ClassList | None
-    """Classes of the outputs; None: unknown."""
+    """Class of each output of the model; None: unknown."""
     size: int
     """Height and width of the input images in pixels."""
     crop_pct: float
@@ -49,7 +49,7 @@ def load_model(path: Path, *, average: bool) -> EvaluatedModel:
         average: load the EMA of the run instead of its weights.
 
     Raises:
-        UserError: `path` is none of these, or cannot be read.
+        UserError: `path` is not a weights file, a run folder or a checkpoint folder, or cannot be read.
     """
     if not path.exists():
         raise UserError(f"{path}: no such run folder, checkpoint or weights file")
@@ -90,7 +90,7 @@ def _load_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
     if "head.bias" not in values:
         raise UserError(f"{found.path}: contains no classifier (head.bias); use another run folder")
     config = dataclasses.replace(info.config, num_classes=len(values["head.bias"]))
-    with torch.device("meta"):  # a damaged config could request far more memory than the tensors take
+    with torch.device("meta"):  # allocates nothing: a damaged config could request far more memory than the tensors
         model = fat.FAT(config)
     try:
         model.load_state_dict(values, assign=True)

@@ -21,7 +21,7 @@ from shards.format.dataset import ShardSet
 
 # Larger batches need more memory and do not make evaluation faster.
 MAX_EVAL_BATCH = 256
-# With fewer rows, launching kernels takes longer than running them, for every variant.
+# With fewer rows per micro-batch, launching kernels takes longer than running them, for every variant.
 MIN_ROWS_PER_GPU = 32
 # Linear scaling of AdamW's learning rate, with 20 epochs of warm-up, is known to work up to about this batch size.
 LARGE_BATCH = 4096
@@ -49,7 +49,7 @@ class Feed:
         augment = data.augmentation()
         dataset = data.open(local_ranks=world.local_size)
         layout: dict[str, Any] = {"world": world.size, "micro_batch": data.micro_batch, "pairs": augment.mixes}
-        # Checked first, because the global batch that its message suggests also passes the checks that follow.
+        # This check comes first, because the global batch that its error message suggests also passes the later checks.
         check_enough_samples(dataset.split("train").samples, data.global_batch, lanes=data.lanes, **layout)
         shape = BatchShape(global_batch=data.global_batch, rank=world.rank, **layout)
         plan = TrainPlan(
@@ -147,7 +147,7 @@ class Feed:
         return options if options.decode_threads else replace(options, decode_threads=self.world.cores)
 
     def with_recipe(self, recipe: Recipe) -> Feed:
-        """Return a copy with a recipe that differs only in options that do not affect the plan."""
+        """Return a copy with `recipe`, which may differ only in options that do not affect the plan."""
         return replace(self, recipe=recipe)
 
     def with_loader(self, **changes: Any) -> Feed:

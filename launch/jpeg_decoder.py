@@ -17,10 +17,10 @@ def choose_jpeg_decoder(feed: Feed, *, previous: float | None) -> tuple[Feed, li
     """Choose `hw_decoder_load` for all ranks if DALI decodes on GPUs. Collective.
 
     Args:
-        previous: the run's previous value; None: unknown, or a new run.
+        previous: value at the run's previous start; None: unknown, or a new run.
 
     Returns:
-        The feed with this value, and warnings.
+        The feed with the chosen value, and warnings.
     """
     if not decodes_on_gpu(feed):
         return feed, []
@@ -42,9 +42,10 @@ def choose_load(
     """Choose `hw_decoder_load` for all ranks; return it and warnings.
 
     Args:
-        engines: the JPEG engine of each rank. All must round equally, so the default is CUDA unless all have an engine.
-        requested: value of the option; None: not set.
-        previous: the run's previous value; None: unknown, or a new run.
+        engines: the JPEG engine of each rank. All ranks must round equally, so the default is the CUDA decoder unless
+            all ranks can use an engine.
+        requested: value of --hw-decoder-load; None: not set.
+        previous: value at the run's previous start; None: unknown, or a new run.
     """
     unusable = [f"rank {n} cannot use a JPEG engine ({e.found})" for n, e in enumerate(engines) if not e.usable]
     missing = unusable[0] if unusable else ""

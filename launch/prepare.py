@@ -1,4 +1,4 @@
-"""Prepare a run without writing anything: resolve its recipe, check it against data and processes, build the model.
+"""Prepare a run without writing anything: resolve its recipe, check it against data and world size, build the model.
 
 Used by training and by --dry-run.
 """
@@ -47,10 +47,10 @@ def prepare_run(
     """Resolve the recipe, check it and build the model. Collective; writes nothing.
 
     Args:
-        check_memory: raises if the batches do not fit into memory.
+        check_memory: function that raises an error if the batches do not fit into memory.
 
     Raises:
-        UserError: recipe, data and world do not fit together.
+        UserError: recipe, data and world size do not fit together.
     """
     resumes = broadcast_from_rank0(lambda: will_resume(recipe), world)
     saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])

@@ -1,4 +1,4 @@
-"""Compare the throughput of training with the limits that arithmetic and memory of the device set."""
+"""Compare the training throughput with the limits set by the device's arithmetic throughput and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Roofline:
     """Cost of training on one image, and peaks of one device. Rates are in images per second and device."""
 
     flops: int
-    """Floating-point operations of forward and backward."""
+    """Floating-point operations of forward and backward pass per image."""
     bytes: int
-    """Bytes that perfectly fused blocks read from device memory and write to it."""
+    """Bytes per image that perfectly fused blocks read from device memory and write to it."""
     peaks: DevicePeaks
 
     @classmethod
@@ -34,13 +34,13 @@ class Roofline:
 
     @property
     def rate(self) -> float:
-        """Upper bound on the rate of this device."""
+        """Upper bound on this device's training throughput, in images/s."""
         return ceiling(self.flops, self.bytes, bandwidth=self.peaks.bandwidth, arithmetic=self.peaks.arithmetic)
 
     def mfu(self, rate: float) -> float:
-        """Return the model FLOPs utilization at a rate, as a fraction."""
+        """Return the model FLOPs utilization, as a fraction, at a rate in images/s."""
         return rate * self.flops / self.peaks.arithmetic
 
     def bandwidth(self, rate: float) -> float:
-        """Return the fraction of the copy bandwidth that perfectly fused blocks use at a rate."""
+        """Return the fraction of the copy bandwidth that perfectly fused blocks use at a rate in images/s."""
         return rate * self.bytes / self.peaks.bandwidth

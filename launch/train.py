@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from launch.machine.standard_streams import ignore_failing_output, open_missing_streams
 
 if __name__ == "__main__":
-    open_missing_streams()  # called before libraries open files, which could become the standard streams
+    open_missing_streams()  # before libraries open files, which would get the descriptors of closed streams
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
@@ -54,7 +54,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         lock: lock of the run folder; acquired here if the folder did not exist before.
 
     Raises:
-        UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
+        UserError: recipe, data and world size do not fit together, a file is damaged, or training failed.
         Preempted: the run was asked to stop, and has been saved.
     """
     stop_at = deadline(recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", ""))
@@ -157,8 +157,7 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
 
 
 def main() -> int:
-    """Run the command line; return the exit status: 0 done, 1 failed, 2 bad input (one line), 75 preempted and
-    saved."""
+    """Run the command line; return the exit status: 0 done, 1 failed, 2 invalid input, 75 preempted and saved."""
     ignore_failing_output()
     try:
         return run_command(kernels_from_environment()(lambda: run_recipe(parse())))
@@ -170,8 +169,7 @@ def main() -> int:
 def run_recipe(recipe: Recipe) -> int:
     """Start or resume the run of a recipe; return the exit status."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        # --resume never applies to runs before the job was submitted. A requeued job resumes what it has trained
-        # itself.
+        # `--resume never` excludes only checkpoints from before the job was submitted: a requeued job resumes its own.
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     lock = FolderLock(recipe.run.out, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
     with lock, failure_in_status(recipe.run.out, lock):
@@ -204,7 +202,7 @@ def failure_in_status(run: Path, lock: FolderLock) -> Iterator[None]:
         yield
     except Exception as error:
         if lock.acquired and read_status(run) == "running":
-            # With the step, because this rank may overwrite a status in which rank 0 has just written the step.
+            # The status includes the step, because it may replace one in which rank 0 has just written the step.
             step = CheckpointFolder(run / CHECKPOINTS).newest_step()
             known = error if isinstance(error, UserError) else open_files_error(error)
             invalid_input = known is not None and known.exit_code == UserError.exit_code

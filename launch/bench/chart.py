@@ -54,7 +54,7 @@ def write_chart(figures: Figures, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     image = io.BytesIO()
-    # Texts, such as a device's name, are not formulas even if they contain dollar signs. They are parsed on drawing.
+    # matplotlib parses texts when it draws them: without this setting, dollar signs in a device's name start a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         chart = draw(figures)
         chart.savefig(image, format=path.suffix[1:].lower(), dpi=110)

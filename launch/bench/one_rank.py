@@ -38,7 +38,7 @@ def one_rank(recipe: Recipe, *, ranks: int) -> Iterator[tuple[Feed, KernelCheckR
         feed = replace(Feed.of(recipe, replace(world, size=ranks)), world=world)
         check_batches_fit(feed)
         Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=ranks)
-        # Compiles the kernels, which must not be part of the measurements.
+        # The self-check compiles the kernels, which must not happen during the measurements.
         verdict = check_training_kernels(recipe, feed, build_model(recipe, feed.classes))
         zero, _ = zero_and_precision(recipe.parallel, world.device, ranks=ranks)
         parallel, optim = replace(recipe.parallel, zero=zero), replace(recipe.optim, epochs=EPOCHS)

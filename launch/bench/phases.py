@@ -105,7 +105,7 @@ def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, 
             launch_times.append(time.perf_counter() - launched_at)
             wait.mark_step_end()
             marks.append(timed_event(device))
-    cpu = time.process_time() - cpu  # read before synchronizing, which keeps a core busy
+    cpu = time.process_time() - cpu  # CPU time before synchronizing, which keeps a core busy
     synchronize(device)
     seconds, images = time.perf_counter() - start, steps * batch
     on_gpu = [mark for mark in marks if mark is not None]
@@ -113,7 +113,7 @@ def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, 
         rate=images / seconds,
         cpu=cpu / images,
         waiting=wait.seconds() / seconds,
-        # Lower quartile, not the median: when the device's queue is full, launching waits for space in it.
+        # Lower quartile, not the median, of the launch times: a launch waits while the device's queue is full.
         host=sorted(launch_times)[len(launch_times) // 4] if len(on_gpu) > 1 else 0.0,
         times=tuple(round(before.elapsed_time(after), 2) for before, after in itertools.pairwise(on_gpu)),
     )

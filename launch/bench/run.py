@@ -124,7 +124,7 @@ def _memory(device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
-    # Reserved instead of allocated: torch counts the memory of CUDA graphs as free between captures.
+    # Peak of reserved memory, not of allocated: torch counts the memory of CUDA graphs as free between captures.
     return {"torch_peak": torch.cuda.max_memory_reserved(device), "in_use": total - free, "total": total}
 
 

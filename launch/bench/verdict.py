@@ -9,16 +9,16 @@ from typing import Any
 
 from launch.roofline import Roofline
 
-# At this ratio to the model alone or above, training counts as equally fast: the difference is noise.
+# If training reaches this fraction of the throughput of the model alone, the difference is measurement noise.
 SATURATED = 0.98
-# Training cannot be faster than the model alone. A higher ratio means that the device changed its clock in between.
+# Training cannot be faster than the model alone: a ratio above this one means that the device changed its clock.
 UNSTEADY = 1.03
 # If launching kernels takes at least this fraction of a step's time, the device waits for the host.
 HOST_BOUND = 0.9
 # A stage whose rate is at most this many times the whole loader's rate is the bottleneck.
 SLACK = 1.15
 
-# Remedies by bottleneck.
+# Remedy for each bottleneck.
 TRY = {
     "reading": "try faster storage or a local copy, or more --read-threads and a larger --read-ahead",
     "decode": "try more --decode-threads (or cores), --loader ffcv, or smaller images: pipeline shard --short-side 256",
@@ -39,7 +39,7 @@ class Phase:
     waiting: float
     """Fraction of the time in which the device (on a CPU, the host) was idle because the next batch was not ready."""
     host: float = 0.0
-    """On a GPU: seconds in which the host launches a step, lower quartile; 0 for the loader alone."""
+    """On a GPU: seconds that the host takes to launch a step (lower quartile); 0 for the loader alone."""
     times: tuple[float, ...] = ()
     """On a GPU: duration of each step on the device, in milliseconds, over all rounds."""
 
@@ -63,9 +63,9 @@ class Figures:
     predicted: float
     """Images per second of both together, predicted from loader alone and model alone."""
     roofline: Roofline
-    """Upper bound for the model on this device if its blocks were perfectly fused."""
+    """Upper bound on the model's throughput on this device if its blocks were perfectly fused."""
     memory: dict[str, int]
-    """Bytes of GPU memory; empty on a CPU."""
+    """Bytes of GPU memory at the peak, in use and in total; empty on a CPU."""
 
     @property
     def both_of_model(self) -> float:
@@ -79,7 +79,7 @@ class Figures:
 
     @property
     def mfu(self) -> float:
-        """Model FLOP utilization of the model alone."""
+        """Model FLOPs utilization of the model alone."""
         return self.roofline.mfu(self.model.rate)
 
     @property
@@ -89,7 +89,7 @@ class Figures:
 
     @property
     def host_fraction(self) -> float:
-        """Fraction of a training step's time in which the host launches it."""
+        """Fraction of a training step's time that the host spends launching the step."""
         return self.both.host * self.both.rate / self.settings["batch"]
 
     @property
@@ -110,7 +110,7 @@ class Figures:
         if ratio >= SATURATED:
             return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
         stage = bottleneck(self)
-        # With idle cores, and not slower than without overlap, loader and model contend for the device, not for cores.
+        # If cores are idle and training is as fast as without overlap, loader and model contend for the device only.
         idle = self.both.cpu * self.both.rate < self.machine["cores"] / 2
         on_device = self.memory and idle and self.both.rate >= SATURATED * self.taking_turns
         if waiting > 1 - SATURATED and not (stage == "contention" and on_device):

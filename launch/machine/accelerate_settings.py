@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 
 from shards.errors import UserError
 
-# Variable -> (entry of accelerate's configuration, option of the recipe that takes precedence).
+# Environment variable -> (entry of accelerate's configuration, option of the recipe that takes precedence).
 _OVERRIDDEN = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--zero"),
     "ACCELERATE_USE_FSDP": ("FSDP", "--zero"),
@@ -25,7 +25,7 @@ _OVERRIDDEN = {
     "ACCELERATE_TORCH_DEVICE": ("device", "CUDA_VISIBLE_DEVICES"),
 }
 _PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
-# Settings of accelerate's logging, and those that this project sets itself.
+# Variables to keep: settings of accelerate's logging, and those that this project sets itself.
 _KEPT = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DISABLE_RICH", "ACCELERATE_DEBUG_MODE", "ACCELERATE_BYPASS_DEVICE_MAP")
 _TRUE = ("true", "1", "yes", "on", "y", "t")
 _UNSET = ("", "no", "none", "false", "0", "off", "auto")

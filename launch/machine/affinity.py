@@ -28,7 +28,7 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
         gpus: CUDA device of each local rank; None: no binding to a NUMA node.
 
     Returns:
-        The number of threads for the decoder, for torch and for OpenMP each.
+        The number of threads that the decoder, torch and OpenMP use each.
     """
     allowed = frozenset(os.sched_getaffinity(0))
     near = [cores_near(gpu) for gpu in gpus] if gpus else [frozenset[int]()] * local_size
@@ -39,7 +39,7 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
                 os.sched_setaffinity(int(thread.name), cores)
             except ProcessLookupError:  # the thread has ended in the meantime
                 continue
-    # Launchers set OMP_NUM_THREADS=1 on every machine. Libraries that are loaded later read this value instead.
+    # Replace the OMP_NUM_THREADS=1 that launchers set: libraries that are loaded later read this variable.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return threads
@@ -58,8 +58,8 @@ def choose(
     """
     sharing = len(near)
     nearby = [cpus & allowed for cpus in near]
-    # A single rank uses all cores: remote cores are better than none. All ranks share all cores if some NUMA
-    # node has fewer allowed cores than ranks.
+    # A single rank uses the cores of all NUMA nodes, because no other rank does. Several ranks share the cores of all
+    # NUMA nodes if some node has fewer allowed cores than ranks.
     if sharing > 1 and all(len(cpus) >= nearby.count(cpus) for cpus in nearby):
         allowed, sharing = nearby[local_rank], nearby.count(nearby[local_rank])
     limit = math.inf if quota is None else quota / len(near)

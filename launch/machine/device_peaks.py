@@ -28,7 +28,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("A10", 125e12),
 )
 REPEATS = 5
-# Large enough to saturate the device, small enough to take a tenth of a second.
+# Rows of the square matrices: enough to saturate the device, few enough to take a tenth of a second.
 MATRIX = {"cuda": 8192, "cpu": 768}
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes to copy: more than any cache holds
 
@@ -84,8 +84,8 @@ def measured_bandwidth(device: torch.device) -> float:
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
     """Return random data to copy: uint8 [count], where `count` is a multiple of 8.
 
-    Constant data would switch fewer bits: a GPU draws less power on them, and copies them at a higher clock than the
-    feature maps to which the copy is compared.
+    Copying constant data would switch fewer bits, so a GPU would draw less power and run at a higher clock than with
+    the feature maps to which the copy is compared.
     """
     return torch.randint(2**63 - 1, (count // 8,), device=device).view(torch.uint8)
 

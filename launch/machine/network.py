@@ -20,7 +20,7 @@ START_TIMEOUT = timedelta(minutes=30)
 AFTER_WATCHDOG = timedelta(seconds=45)
 CONNECT_SECONDS = 3.0
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-_REMOTE = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): packets to it use the default route
+_REMOTE = ("192.0.2.1", 9)  # address reserved for documentation (RFC 5737): packets to it use the default route
 
 # Defaults of environment variables; values that are already set are kept (docs/slurm.md describes each).
 DEFAULTS = {
@@ -86,7 +86,7 @@ def _resolves_to_this_host(name: str) -> bool:
         return False
     for family, kind, _, _, address in found:
         if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-            return False  # gloo may listen on this address, the first usable one
+            return False  # gloo listens on the first usable address, which may be this one
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
             probe.bind(address)
             return True
@@ -139,7 +139,7 @@ def shorten_timeouts(hang_timeout: float) -> None:
     """Set the timeout of all collectives to `hang_timeout` plus a margin. Call it on all ranks after the first step."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-    # torch has no public function for this yet; torchtitan uses this one too. ZeRO and `Preemption` use further groups.
+    # torch has no public function for this; torchtitan uses the private one too. ZeRO and `Preemption` add groups.
     for group in list(_world.pg_map):
         _set_pg_timeout(timedelta(seconds=hang_timeout) + AFTER_WATCHDOG, group)
 

@@ -17,7 +17,7 @@ def open_missing_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the new descriptor is the lowest free one, `number`
+            os.open(os.devnull, os.O_RDWR)  # `open` returns the lowest free descriptor, which is `number`
             mode = "r" if number == 0 else "w"
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open
             setattr(sys, name, stream)
@@ -25,10 +25,10 @@ def open_missing_streams() -> None:
 
 
 def ignore_failing_output() -> None:
-    """Make stdout and stderr discard what cannot be written, instead of raising in the code that prints or logs."""
+    """Make stdout and stderr discard output that cannot be written, so that printing and logging raise no errors."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # Tests and notebooks replace the streams: theirs are not wrapped.
+        # Streams that tests or notebooks have substituted are not wrapped.
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             buffer: io.BufferedIOBase = io.BufferedWriter(_DiscardFailedWrites(stream.fileno(), "w", closefd=False))  # type: ignore[type-var]

@@ -34,7 +34,7 @@ class World:
     local_size: int
     device: torch.device
     cores: int = field(default_factory=cores)
-    """CPU cores per rank: the number of threads for the decoder, for torch and for OpenMP each."""
+    """CPU cores per rank, and the number of threads that the decoder, torch and OpenMP use each."""
     host: str = field(default_factory=network.host_name)
     rank0: network.Address | None = None
     """Address of rank 0's host; None for a single process."""
@@ -57,7 +57,7 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
     Args:
         numa_binding: bind each rank to the cores near its GPU.
         local_size: number of processes among which this machine's cores are divided. None: the processes of this
-            launch. Another number lets a single process measure what one of so many ranks would achieve.
+            launch. Another number lets a single process measure the throughput of one of that many ranks.
 
     Raises:
         UserError: several processes were started without a launcher, or no folder for caches is usable.
@@ -110,7 +110,7 @@ def broadcast_from_rank0(make: Callable[[], T], world: World) -> T:
 def disconnect() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_initialized():
-        gc.collect()  # frees CUDA graphs that contain collectives: destroying an NCCL group waits for them
+        gc.collect()  # free CUDA graphs that contain collectives: destroying an NCCL group waits for such graphs
         dist.destroy_process_group()
 
 

@@ -20,7 +20,7 @@ SHOWN_IDS = 8
 
 
 class Guards:
-    """Collects step results (`note`) and checks them (`check`, which is collective and reads from the device).
+    """Collector of step results (`note`) that checks them (`check`, which is collective and reads from the device).
 
     Args:
         config: only `max_bad_steps` and `compare_every` are used.
@@ -71,14 +71,14 @@ class Guards:
 
     @torch.no_grad()
     def _repair_statistics(self, all_good: bool) -> None:
-        """Restore BatchNorm's running statistics of the last good check: a bad forward pass leaves NaN in them."""
+        """Restore BatchNorm's running statistics after bad steps, which can set them to NaN; else save them."""
         statistics = self._engine.statistics()
         source, target = (statistics, self._good_statistics) if all_good else (self._good_statistics, statistics)
         if statistics:
             torch._foreach_copy_(target, source)
 
     def _describe_failure(self, step: int, result: StepResult, micro_batches: list[Ids]) -> str:
-        """Describe which ranks had a non-finite loss, and the samples of their step. Collective."""
+        """Describe which ranks had a non-finite loss, and the samples of that step. Collective."""
         world = self._engine.world
         ids = [int(i) for micro_batch in micro_batches for i in micro_batch]
         everyone = world.gather((world.rank, bool(result.loss.isfinite()), ids))

@@ -86,7 +86,7 @@ class Heartbeat:
         """Request that every other rank writes its stack traces."""
         self._requests_stacks = True
         self._wake.set()
-        with contextlib.suppress(OSError):  # publishing heartbeats then fails too, which `failure` reports
+        with contextlib.suppress(OSError):  # if this write fails, publishing heartbeats fails too, and sets `failure`
             durable_write(self.folder / REQUEST, self._start.id.encode())
 
     def watch(self, seconds: float) -> list[RankStatus]:
@@ -168,7 +168,7 @@ class Heartbeat:
 
 
 def is_alive(first: Beat | None, last: Beat | None) -> bool:
-    """Return whether the heartbeat changed between two reads, or is the last one of a rank that has ended."""
+    """Return whether a rank is alive: its heartbeat changed between two reads, or was the last one before its end."""
     return last is not None and (last.ended or first is None or last.time != first.time)
 
 
@@ -193,7 +193,7 @@ def clear(folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (*folder.glob("rank-*"), *folder.glob(".rank-*.tmp")):
             path.unlink(missing_ok=True)
-        durable_write(folder / REQUEST, b"")  # NFS clients may cache the absence of a file for a minute
+        durable_write(folder / REQUEST, b"")  # empty, not absent: NFS clients may cache an absence for a minute
     except OSError as error:
         raise unwritable(folder.parent, error) from error
     return secrets.token_hex(8)

@@ -5,8 +5,8 @@ result one step later, so that neither a GPU nor a rank waits for the exchange. 
 on all ranks after the same step.
 
     SIGTERM, SIGINT, SIGUSR2, RUN/PREEMPT, deadline    save a checkpoint and exit with `EXIT_STATUS`
-    SIGUSR1, RUN/SAVE                                   save a checkpoint and continue
-    one of the first three again, seconds later         exit at once, without saving
+    SIGUSR1, RUN/SAVE                                  save a checkpoint and continue
+    SIGTERM, SIGINT or SIGUSR2 again, seconds later    exit at once, without saving
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StopRequested(Exception):
 
 
 class Preemption:
-    """Collects requests to save or stop; a context manager for the training loop.
+    """Collector of requests to save or stop; a context manager for the training loop.
 
     Args:
         run: run folder, in which the request files are created.
@@ -59,7 +59,7 @@ class Preemption:
 
     def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
         self._run, self._world, self._deadline = run, world, deadline
-        # Signal handlers set both at any time. So `_stop` is never cleared, and `_save` only in the line that reads it.
+        # Signal handlers may set both flags at any time: `_stop` is never cleared, and `_save` only when it is read.
         self._stop = False
         self._save = False
         self._stop_requested_at = 0.0
@@ -68,7 +68,7 @@ class Preemption:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self._reason = ""  # signal, file or deadline that made the request to this rank
+        self._reason = ""  # signal, file or deadline that requested this rank to stop
 
     def __enter__(self) -> Preemption:
         for number in (*STOP, *SAVE):
@@ -88,7 +88,7 @@ class Preemption:
         request = self._local_request()
         if self._group is None:
             decision = request
-        else:  # the requests that were made up to the previous call
+        else:  # act on the requests of all ranks up to the previous call
             if self._pending is not None:
                 self._pending.wait()
             decision = Request(int(self._flag))
@@ -106,12 +106,12 @@ class Preemption:
         """
         for item in items:
             yield item
-            self.save_requested()  # the result is ignored: an evaluation is followed by a checkpoint anyway
+            self.save_requested()  # a request to save needs no action: a checkpoint follows every evaluation
 
     def _local_request(self) -> Request:
         """Return what this rank has been requested to do since the last call."""
         save, self._save = self._save, False
-        if self._world.is_main:  # only rank 0 checks the files and the clock
+        if self._world.is_main:  # only rank 0 checks the request files and the deadline
             save |= self._consume("SAVE")
             if self._consume("PREEMPT"):
                 self._stop = True

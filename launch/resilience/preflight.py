@@ -47,7 +47,7 @@ class Facts:
     """Properties of one node; the fields in `COMPARED` must be equal on all nodes."""
 
     data: str
-    """Hash of the shard set's manifest and index sizes, or the error when reading them."""
+    """Hash of the shard set's manifest and index sizes, the URL of a remote set, or the error of a failed read."""
     run_folder: str
     code: str
     libraries: str
@@ -100,7 +100,7 @@ def collect_facts(recipe: Recipe, world: World, token: str) -> Facts:
 def differences(nodes: list[Facts]) -> dict[str, list[str]]:
     """Return the differences from the majority, by host.
 
-    Without a majority, the first node is the reference. For the run folder it always is, because rank 0 writes to it.
+    The first node is the reference if there is no majority, and always for the run folder: rank 0 writes to it.
     """
     bad: dict[str, list[str]] = {}
     for name in COMPARED:
@@ -113,7 +113,7 @@ def differences(nodes: list[Facts]) -> dict[str, list[str]]:
 
 
 def minority(bad: Collection[str], count: int) -> list[str]:
-    """Return the hosts that the next start should exclude: those in `bad`, if they are a minority of `count`."""
+    """Return the hosts that the next start should exclude: those in `bad`, if they are a minority of `count` nodes."""
     return list(bad) if 2 * len(bad) < count else []
 
 
@@ -138,7 +138,7 @@ def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:
 def data_hash(recipe: Recipe) -> str:
     """Hash the manifest of the shard set, which holds the hashes of all other files, and the sizes of the indexes.
 
-    For a set on a server, return its URL, and for files that cannot be read, the error.
+    Instead of the hash, return the URL of a set on a server, or the error if the files cannot be read.
     """
     location = recipe.data.location()
     if not isinstance(location, Path):
@@ -168,7 +168,7 @@ def token_file(run: Path) -> Path:
 
 
 def finds_token(run: Path, token: str, within: float = VISIBLE_WITHIN_SECONDS) -> bool:
-    """Return whether rank 0's token appears in this node's run folder `within` seconds."""
+    """Return whether rank 0's token appears in this node's run folder within `within` seconds."""
     end = time.monotonic() + within
     while True:
         try:

@@ -20,7 +20,7 @@ class Beat:
     start: Digest
     """Random id of this start of the run; files of earlier starts are ignored."""
     time: Finite
-    """Wall-clock time of the rank's host: for readers of the file, and to distinguish heartbeats."""
+    """Time of the heartbeat by the clock of the rank's host, for readers of the file and to distinguish heartbeats."""
     step: Count
     """Optimizer steps done."""
     idle: Annotated[Finite, Field(ge=0)]
@@ -96,9 +96,9 @@ def failing_hosts(ranks: Sequence[RankStatus]) -> list[str]:
     """Return the hosts that the next start should exclude.
 
     These are the hosts without a live rank, provided that they are at most half of the hosts other than this one;
-    otherwise this host may be the one at fault. If every host has a live rank: the hosts that cannot connect to the
-    host of rank 0, if they are at most half of the others, or the host of rank 0, if none of several others can connect
-    to it.
+    otherwise this host may be the one at fault. If every host has a live rank, they are the hosts that cannot connect
+    to the host of rank 0, provided that they are at most half of the hosts other than that one. If there are several
+    other hosts and none of them can connect to the host of rank 0, it is the one to exclude.
     """
     hosts = {status.host for status in ranks}
     silent = hosts - {status.host for status in ranks if not status.silent_seconds}

@@ -33,22 +33,22 @@ log = logging.getLogger(__name__)
 
 # Longest interval between heartbeats of a rank.
 INTERVAL_SECONDS = 5.0
-# The interval is shorter if needed, so that at least this many fit into the hang timeout.
+# The interval is shorter if needed, so that at least this many intervals fit into the hang timeout.
 INTERVALS_IN_TIMEOUT = 15
-# Number of ranks that read all heartbeats: enough to survive the loss of several hosts, few enough for the storage.
+# Number of ranks that read all heartbeats: enough to survive the loss of several hosts, few enough for slow storage.
 OBSERVERS = 16
 # Time limit for watching the heartbeats of all ranks, and waiting for their stack traces, after the hang timeout:
-# four intervals, because shared storage may be slow. It is used up only if a rank is silent.
+# four intervals, because shared storage may be slow. The full time passes only if a rank is silent.
 ANSWER_SECONDS = 20.0
 # Time limit for `_report`, which reads and writes files. All of `_end` must take less than the 45 s after which the
 # hanging collective times out as well (`AFTER_WATCHDOG`).
 REPORT_SECONDS = ANSWER_SECONDS + 5.0
 # Time limit for writing to standard error, which may be a pipe whose reader hangs.
 PRINT_SECONDS = 1.0
-# Wait before exiting: the exit closes the connections of other ranks, which may still be writing stack traces.
+# Wait before exiting, which closes the connections to other ranks: they may still be writing stack traces.
 FAREWELL_SECONDS = 3.0
 CLOSE_SECONDS = 5.0
-# Delay of the timer in C after the hang timeout: longer than everything that the thread does by then.
+# Delay of the timer in C after the hang timeout: longer than the watchdog thread takes to end the process.
 LAST_RESORT_SECONDS = 60.0
 
 
@@ -100,7 +100,7 @@ class Watchdog:
         self._thread.join()
         if self._heartbeat is not None:
             self._heartbeat.close()
-        if not self._dumping.acquire(timeout=CLOSE_SECONDS):  # the file system hangs; exiting closes the file
+        if not self._dumping.acquire(timeout=CLOSE_SECONDS):  # the file system hangs; process exit closes the file
             return
         self._file.close()
         self._dumping.release()
@@ -123,7 +123,7 @@ class Watchdog:
         self._beat_at = time.monotonic()
 
     def beat_on_each(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield `items`, and record progress at each. The first may take as long as the first step: it may compile."""
+        """Yield `items`, and record progress at each. The first has the timeout of the first step: it may compile."""
         for item in items:
             self.beat()
             limit = self._limit
@@ -191,7 +191,7 @@ class Watchdog:
         if self._heartbeat is None:
             self._reason += "; this is the only rank, so the input data, the file system or the device hangs"
         elif not is_observer(self._world.rank, self._world.size):
-            time.sleep(ANSWER_SECONDS)  # observers need this rank's heartbeat and connections until then
+            time.sleep(ANSWER_SECONDS)  # meanwhile, observers need this rank's heartbeat and connections
         else:
             heartbeat = self._heartbeat
             ranks = heartbeat.watch(ANSWER_SECONDS)
@@ -208,7 +208,7 @@ class Watchdog:
 
 
 def is_observer(rank: int, ranks: int) -> bool:
-    """Return whether `rank` reads all heartbeats when training hangs: every rank if they are few, else some of them."""
+    """Return whether `rank` reads all heartbeats when training hangs: every rank if there are few, else some ranks."""
     return ranks <= OBSERVERS or rank in {number * ranks // OBSERVERS for number in range(OBSERVERS)}
 
 

@@ -102,12 +102,12 @@ def fits(recipe: Recipe, job: Submit) -> list[tuple[int, int, int]]:
     """Find the largest world size that the global batch allows, for each number of nodes that SLURM may allocate.
 
     Returns:
-        (nodes allocated, nodes used, processes per node) for each number. As few nodes as possible are used, to reduce
-        network traffic.
+        (nodes allocated, nodes used, processes per node) for each number of allocated nodes. As few nodes as possible
+        are used, to reduce network traffic.
 
     Raises:
-        SubmitError: the global batch does not allow a fixed number of nodes (the message names numbers that work), or
-            not even a single process.
+        SubmitError: the global batch cannot be divided among a fixed number of nodes (the message names sizes that
+            work) or, with MIN-MAX, is invalid even for a single process.
     """
     low, high = job.bounds
     if error := _obstacle(recipe, high * job.processes if low == high else 1):

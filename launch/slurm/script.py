@@ -57,7 +57,7 @@ def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
 
 def _options(job: Submit, run: Path) -> list[str]:
     """Return the options for sbatch."""
-    # Not --ntasks-per-node: it would make SLURM allocate MIN nodes even if more are free.
+    # --ntasks-per-node is omitted: with it, SLURM would allocate MIN nodes even if more are free.
     options = [f"--job-name={job.name or run.name}", f"--nodes={job.nodes}"]
     if job.gpus_per_node:
         options.append(f"--gpus-per-node={job.gpus_per_node}")
@@ -104,7 +104,7 @@ def _pattern(run: Path) -> str:
 
 
 def _container(job: Submit, recipe: Recipe) -> list[str]:
-    """Return what runs a command in the container: options of srun (Pyxis) or a command prefix (Apptainer).
+    """Return arguments that run a command in the container: options of srun (Pyxis) or a command prefix (Apptainer).
 
     Returns an empty list without a container.
     """

@@ -18,10 +18,10 @@ from launch.tuning.trials import Choice, Values, tune
 from pipeline.decode.choose import resolve_loader
 
 ROUNDS = 2
-MARGIN = 1.05  # larger than for models, because loader timings vary more
+MARGIN = 1.05  # larger than the margin for models, because loader timings vary more
 MIN_BATCHES = 3
-STARTING_POINTS = 16  # positions in an epoch at which trials begin
-# Decoder buffers are preallocated for this quantile of the widths and heights in the set.
+STARTING_POINTS = 16  # number of positions in an epoch at which trials begin
+# Decoder buffers are preallocated for this quantile of the image widths and heights in the set.
 LARGE = 0.99
 
 

@@ -50,8 +50,8 @@ def candidates(feed: Feed, *, ranks: int) -> list[list[Values]]:
         "optimizer_impl": get_args(OptimizerImpl),
     }
     if device.type == "cuda":  # compilation does not speed up training on CPUs
-        # "reduce-overhead" only for a single rank: one rank cannot measure whether the compiler's own CUDA graphs work
-        # with collectives.
+        # "reduce-overhead" is tried for a single rank only: a measurement without collectives cannot show whether the
+        # compiler's own CUDA graphs work with them.
         values["compile"] = ("cudagraphs", "off", "default", *(("reduce-overhead",) if ranks == 1 else ()))
     if fat.kernels.available(device.type):  # False if $FAT_KERNELS is off
         values["kernels"] = ("auto", "off")  # measured last, because the result depends on the compile mode

@@ -11,7 +11,7 @@ from typing import Any
 from shards.errors import ShardSetError, first_line
 
 Values = Mapping[str, Any]
-"""Values by option name: of one option, or of several options that are measured together."""
+"""Option values by name: for one option, or for several options that are measured together."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Choice:
     """Chosen value of an option, and the measurements."""
 
     value: Any
-    """None: not set, because every value failed."""
+    """Value to use; None: the option is not set, because every value failed."""
     reason: str
     """Throughput or failure of each value."""
 
@@ -43,7 +43,7 @@ def tune(
             all values equally.
         margin: another value is chosen only if it is more than this many times as fast as the default.
         seconds: time limit, after which only the first round of a stage is still run.
-        say: receives one line before each measurement and one per result.
+        say: receives one line before each measurement, and one with the result of each stage.
 
     Raises:
         ShardSetError: the set is damaged, so every value would fail.
@@ -68,7 +68,7 @@ def tune(
 
 @dataclass
 class Trial:
-    """Measurements of one candidate."""
+    """Measurements of one candidate among the values of a stage."""
 
     values: Values
     rates: list[float] = field(default_factory=list)
@@ -94,10 +94,10 @@ class Trial:
 
 
 def fastest(trials: Sequence[Trial], margin: float) -> Trial | None:
-    """Return the fastest trial by its median ratio to the default, which is the first; None if all failed.
+    """Return the fastest trial by its median ratio to the default, the first trial; None if all failed.
 
     Args:
-        margin: the default is kept if the best ratio is at most this.
+        margin: the default is kept if the best ratio is at most this number.
     """
     default, measured = trials[0], [trial for trial in trials if not trial.failure]
 
