@@ -353,7 +353,7 @@ def _lost(finish: Callable[..., Tensor]) -> Callable[..., Tensor]:
     [
         (augment_kernels.RANDAUGMENT, randaugment, "apply_ops", _one_level_more, "1 bytes of"),
         (augment_kernels.RANDAUGMENT, randaugment, "apply_ops", _raises, "RuntimeError: out of resource"),
-        (augment_kernels.FINISHING, finishing, "finish", _brighter, "off by"),
+        (augment_kernels.FINISHING, finishing, "finish", _brighter, "exceeds the tolerance"),
         (augment_kernels.FINISHING, finishing, "finish", _lost, "NaN"),
     ],
 )

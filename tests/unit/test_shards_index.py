@@ -186,7 +186,7 @@ def test_an_index_of_another_format_is_rejected_even_with_a_valid_hash(tmp_path:
     content = (path / "train.index.npy").read_bytes().replace(b"'repaired', '|u1'", b"'repaired', '|i1'")
     (path / "train.index.npy").write_bytes(content)
     edit_index(path, lambda index: None)
-    with pytest.raises(ShardSetError, match="an index of an unknown format"):
+    with pytest.raises(ShardSetError, match="the index has an unknown format"):
         ShardSet(path).index("train")
 
 
