@@ -69,7 +69,7 @@ def test_torch_on_the_gpu_returns_the_same_bytes() -> None:
         images = torch.from_numpy(noisy_images(np.random.default_rng(seed), BATCH, 224, 224)).to(GPU)
         found = {}
         for use in (True, False):
-            found[use] = BatchAugment(RECIPE, GPU, flip=True, kernels=use).operate(images, drawn(seed))
+            found[use] = BatchAugment(RECIPE, GPU, flip=True, kernels=use).apply_ops(images, drawn(seed))
         wrong = (found[True] != found[False]).flatten(1).sum(1)
         assert not wrong.any(), f"seed {seed}: bytes that differ, by sample: {wrong.tolist()}"
 
