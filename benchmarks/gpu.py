@@ -61,7 +61,8 @@ def main() -> int:
     options = arguments()
     if not options.cpu and not has_gpu():
         print(
-            f"error: {sys.executable} finds no CUDA device (torch.cuda.is_available() is False); use --cpu to rehearse",
+            f"error: {sys.executable} finds no CUDA device (torch.cuda.is_available() is False); use --cpu to test "
+            "without a GPU",
             file=sys.stderr,
         )
         return BAD_INPUT
@@ -97,7 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="run only parts with a matching name")
     work = Path(tempfile.gettempdir()) / "fat-gpu"
     parser.add_argument("--work", type=Path, default=work, help=f"folder for results, data, caches; default {work}")
-    parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU: run every part with small inputs")
+    parser.add_argument("--cpu", action="store_true", help="test without a GPU: run every part with small inputs")
     options = parser.parse_args()
     options.profiles = options.profiles or list(PROFILES[:2])
     if unknown := set(options.profiles) - set(PROFILES):

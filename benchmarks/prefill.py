@@ -51,7 +51,7 @@ def main() -> int:
         nargs="+",
         choices=fat.list_models(),
         default=[],
-        help="models whose weight gradients' launch configurations are compiled by the work `benchmarks`",
+        help="models for which --work benchmarks also compiles all launch configurations of the weight gradients",
     )
     options = parser.parse_args()
     return fill([run for kind in options.work for run in WORK[kind](options)], options)

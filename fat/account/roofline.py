@@ -25,7 +25,7 @@ from fat.config import VARIANTS
 from fat.layers import GroupNorm1, norm_rows
 from fat.model import FAT
 
-BATCH = 2  # BatchNorm cannot train on one value per channel, which a single image could give it
+BATCH = 2  # with one image, a channel may have a single value, on which BatchNorm cannot train
 H200 = (4.3, 989.0)  # TB/s measured with copies; dense bf16 TFLOP/s from NVIDIA's data sheet
 
 aten: Any = torch.ops.aten

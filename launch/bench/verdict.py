@@ -65,7 +65,7 @@ class Figures:
     roofline: Roofline
     """Upper bound on the model's throughput on this device if its blocks were perfectly fused."""
     memory: dict[str, int]
-    """Bytes of GPU memory at the peak, in use and in total; empty on a CPU."""
+    """Bytes of GPU memory by name: "torch_peak", "in_use" and "total"; empty on a CPU."""
 
     @property
     def both_of_model(self) -> float:

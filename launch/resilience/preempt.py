@@ -68,7 +68,7 @@ class Preemption:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self._reason = ""  # signal, file or deadline that requested this rank to stop
+        self._reason = ""  # signal, file or deadline that asked this rank to stop or save
 
     def __enter__(self) -> Preemption:
         for number in (*STOP, *SAVE):

@@ -48,7 +48,7 @@ PRINT_SECONDS = 1.0
 # Wait before exiting, which closes the connections to other ranks: they may still be writing stack traces.
 FAREWELL_SECONDS = 3.0
 CLOSE_SECONDS = 5.0
-# Delay of the timer in C after the hang timeout: longer than the watchdog thread takes to end the process.
+# Delay of the timer in C after the hang timeout, in which the thread can finish its report and end the process.
 LAST_RESORT_SECONDS = 60.0
 
 

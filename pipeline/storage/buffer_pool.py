@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # not at run time: `pipeline.jobs` must not import torch
 log = logging.getLogger(__name__)
 
 _KEPT = 8  # maximum number of free buffers, more than a loader uses at a time
-_SIZES_PER_OCTAVE_BITS = 3  # buffer sizes are rounded up to 4 per octave, so that batches of similar size share buffers
+_SIZE_BITS = 3  # buffer sizes are rounded up to 3 significant bits, so that batches of similar size share buffers
 
 
 class BufferPool:
@@ -45,7 +45,7 @@ class BufferPool:
 
     def bytes(self, size: int) -> NDArray[np.uint8]:
         """Return an uninitialised array, uint8 [size]."""
-        granularity = 1 << max(0, size.bit_length() - _SIZES_PER_OCTAVE_BITS)
+        granularity = 1 << max(0, size.bit_length() - _SIZE_BITS)
         capacity = max(1, -(-size // granularity) * granularity)
         with self._lock:
             self._collect()

@@ -147,7 +147,7 @@ def check_before_decoding(opened: Image.Image, data: bytes, shrinks: bool) -> No
             scans = data.count(b"\xff\xda")
             if scans * width * height > MAX_SCAN_PIXELS:
                 raise Rejected(
-                    f"damaged JPEG: incomplete header, and up to {scans} scans of {width}x{height} pixels"
+                    f"damaged JPEG: incomplete header and too many scans (up to {scans} of {width}x{height} pixels)"
                 ) from None
         if multiscan:
             per_pixel += 2 * opened.layers  # decoders hold all coefficients in memory

@@ -189,7 +189,8 @@ IMAGES = {
         lambda: progressive_jpeg(9990, 9990, 100, comment(b"\xff\xd9")), "more than 20 scans"
     ),
     "scans behind a damaged header": Bomb(
-        lambda: progressive_jpeg(9990, 9990, 100).replace(b"\xff\xc2", _STRAY + b"\xff\xc2", 1), "up to 101 scans"
+        lambda: progressive_jpeg(9990, 9990, 100).replace(b"\xff\xc2", _STRAY + b"\xff\xc2", 1),
+        r"too many scans \(up to 101 of 9990x9990"
     ),
     "four million comments": Bomb(
         lambda: progressive_jpeg(16, 16, 1).replace(b"\xff\xdb", comment(b"") * 4_000_000 + b"\xff\xdb", 1), "segments"

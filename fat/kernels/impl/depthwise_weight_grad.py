@@ -29,7 +29,8 @@ _SIZES = [
 
 @triton.jit
 def _completed(value, result, slope, shift, inside):
-    """Gradient of the convolution's result, fp32, including that through its statistics; 0 outside the feature map."""
+    """Return the gradient of the convolution's result in fp32, including the gradient through its statistics. It is 0
+    outside the feature map."""
     return value.to(tl.float32) + (result.to(tl.float32) * slope[None, :] + tl.where(inside, shift[None, :], 0.0))
 
 
@@ -210,7 +211,10 @@ def _rows(
     TOGETHER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Load the inputs of TOGETHER steps from row on: for each, a row of the gradient and of y, and STRIDE rows of x."""
+    """Load the inputs of TOGETHER steps, starting at `row`.
+
+    Each step has a row of the gradient, a row of y, and STRIDE rows of x.
+    """
     values = ()
     for step in tl.static_range(TOGETHER):
         current = row + step

@@ -211,7 +211,7 @@ def _grid(count: int, together: int, parts: int, *tiles: int) -> Grid:
 
 
 def weight_gradient(kernel: int, stride: int, height: int, width: int, channels: int) -> Strips | Patches:
-    """Choose the form and launch shape of the weight gradient, from a gradient of this size."""
+    """Choose strips or patches, and the launch shape, of the weight gradient for an output gradient of this size."""
     form = strips if (kernel, stride, width) in STRIPS else patches
     return form(kernel, stride, height, width, channels)
 

@@ -35,7 +35,10 @@ def main() -> int:
         "--models", nargs="+", choices=fat.list_models(), default=["fat_b0"], help="models to compile kernels for"
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="autocast dtype; float32: none"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="autocast dtype; float32: no autocast",
     )
     parser.add_argument(
         "--work", nargs="+", choices=tuple(WORK), default=list(WORK), help="step: training step; eval: evaluation"

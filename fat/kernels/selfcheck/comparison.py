@@ -21,7 +21,7 @@ class KernelFault(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed check, for which a family is switched off."""
+    """A failed check. The kernel family that failed is switched off."""
 
     family: str
     operator: str

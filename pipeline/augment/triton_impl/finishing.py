@@ -76,8 +76,8 @@ def _finish(
 def _erased(images, boxes, keys, quantiles, row, at, mask, channel, y, x, scale, offset, numel):
     """Load values of a sample, normalise them and fill its erase box with noise.
 
-    A noise value is the quantile of the standard normal that 16 bits of the hash of the sample's key and the pixel's
-    index in the box select.
+    The noise is standard normal: the sample's key and the pixel's index in the box are hashed, and 16 bits of the hash
+    per channel are the index into the table `quantiles`.
     """
     value = tl.load(images + row * numel + at, mask=mask, other=0).to(tl.float32) * scale + offset
     top, left = tl.load(boxes + row * 4), tl.load(boxes + row * 4 + 1)

@@ -85,8 +85,8 @@ class ShardTable:
             shard.state, shard.retry_at = ShardState.REMOTE, retry_at
 
     def release(self, file: int) -> None:
-        """Change LOCAL to REMOTE, unless the shard is still requested or read. Its file stays in the cache until it is
-        evicted."""
+        """Change LOCAL to REMOTE, unless the shard still has requests or readers. Its file stays in the cache until it
+        is evicted."""
         shard = self._shards[file]
         if shard.state is ShardState.LOCAL and not shard.requests and not shard.readers:
             os.close(shard.lease)

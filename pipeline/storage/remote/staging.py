@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 CHUNK = 8 << 20  # bytes per read when an interrupted download is hashed
 MAX_DOWNLOADS = 3  # attempts to download a file with the right hash
 STALLED_SECONDS = 120.0
-"""Timeout in seconds for a download by another process without progress; longer than `client.RETRY_SECONDS`."""
+"""Seconds without progress after which waiting for another process's download fails; longer than
+`client.RETRY_SECONDS`."""
 FETCH_SECONDS = 1800.0
-"""Timeout in seconds for the complete download by another process."""
+"""Total seconds after which waiting for another process's download fails."""
 
 
 @dataclass(frozen=True)
