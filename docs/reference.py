@@ -84,7 +84,7 @@ def training_page() -> str:
     files = Option("--recipe", "FILE.toml, repeatable", "", _metadata(RecipeFiles, "help"))
     parts = [TRAINING, _table([files])]
     for section, kind in sections(Recipe):
-        parts.append(f"## `[{section}]`\n\n{inspect.getdoc(kind)}\n\n{_table(options(kind))}")
+        parts.append(_part(f"`[{section}]`", kind))
     return "\n".join(parts)
 
 
@@ -92,7 +92,7 @@ def commands_page() -> str:
     """Return the text of docs/commands.md."""
     parts = [COMMANDS]
     for command, kind in COMMAND_CLASSES.items():
-        parts.append(f"## {command}\n\n{inspect.getdoc(kind)}\n\n{_table(options(kind))}")
+        parts.append(_part(command, kind))
     return "\n".join(parts)
 
 
@@ -195,6 +195,10 @@ def _all_metadata(hint: Any) -> list[Any]:
 def _metadata(hint: Any, name: str) -> str:
     """Return an attribute of the first tyro metadata that has it; "" if there is none."""
     return next((str(value) for entry in _all_metadata(hint) if (value := getattr(entry, name, None))), "")
+
+
+def _part(title: str, kind: type) -> str:
+    return f"## {title}\n\n{inspect.getdoc(kind)}\n\n{_table(options(kind))}"
 
 
 def _table(rows: list[Option]) -> str:

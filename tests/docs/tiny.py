@@ -22,13 +22,9 @@ def shortened(name: str, arguments: list[str]) -> list[str]:
     if script == "launch/train.py":
         return arguments + TRAINING
     if name == "pipeline" and arguments[:1] in (["bench"], ["tune"]):
-        own, _, training = (
-            (arguments[: arguments.index("--")], "--", arguments[arguments.index("--") + 1 :])
-            if "--" in arguments
-            else (arguments, "--", [])
-        )
-        own += ["--steps", "2"] if own[0] == "bench" else ["--seconds", "1"]
-        return [*own, "--", *training, *DATA]
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        shorter = ["--steps", "2"] if arguments[0] == "bench" else ["--seconds", "1"]
+        return [*arguments[:end], *shorter, "--", *arguments[end + 1 :], *DATA]
     if name == "pipeline" and arguments[:2] == ["sample", "photos"] and "60" not in arguments:
         return [*arguments, "--count", "40"]
     return arguments
