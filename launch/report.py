@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from launch.run.curves import draw_curves
+from launch.monitor.curves import draw_curves
 from shards.errors import UserError, report
 from shards.option_help import default
 from shards.redact import printable, protect_output

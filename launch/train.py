@@ -31,6 +31,9 @@ from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World, connect, run_command
+from launch.monitor.curves import draw_curves
+from launch.monitor.metrics import Metrics
+from launch.monitor.trackers import Trackers, start_trackers
 from launch.prepare import prepare_run
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested, deadline
@@ -39,11 +42,9 @@ from launch.resilience.watchdog import Watchdog
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
-from launch.run.metrics import Metrics
 from launch.run.progress import WEIGHTS_KINDS, Progress
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
-from launch.run.trackers import Trackers, start_trackers
-from shards.errors import UserError, open_files_error
+from shards.errors import UserError, first_line, open_files_error
 from shards.redact import printable
 
 
@@ -60,10 +61,12 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     stop_at = deadline(recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", ""))
     feed, engine, folder, trackers, messages, resolved = build_components(recipe, world, lock)
     recipe, plan = feed.recipe, feed.plan
+    restore = time.monotonic()
     state, resume_messages = folder.resume()
+    restore = time.monotonic() - restore
     with (
         folder,
-        Metrics(recipe, feed, engine, state, trackers) as metrics,
+        Metrics(recipe, feed, engine, state, trackers, restore_seconds=restore) as metrics,
         Preemption(folder.path, world, deadline=stop_at) as preemption,
         Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
@@ -82,13 +85,18 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
             metrics.log_interval(skipped=guards.skipped, replaced=train_loader.bad_samples)
 
         def save() -> Progress:
-            return folder.save(replace(state, seconds=metrics.seconds))
+            started = time.monotonic()
+            saved = folder.save(replace(state, seconds=metrics.seconds))
+            metrics.log_checkpoint(state.step, time.monotonic() - started)
+            return saved
 
         def evaluate() -> Progress:
             results = {}
             for kind in WEIGHTS_KINDS if recipe.optim.ema else WEIGHTS_KINDS[:1]:
+                started = time.monotonic()
                 batches = watchdog.beat_on_each(preemption.until_stop(val_loader or ()))
-                results[kind] = engine.evaluate(batches, average=kind == "average")
+                found = engine.evaluate(batches, average=kind == "average")
+                results[kind] = found | {"seconds": round(time.monotonic() - started, 3)}
             return state.evaluated(metrics.log_evaluation(state.step, results))
 
         try:
@@ -119,14 +127,25 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
                     metrics.restart_interval()
         except StopRequested as request:
             log()
+            metrics.log_stop(state.step, str(request))
             folder.save_and_stop(replace(state, seconds=metrics.seconds), str(request))
         metrics.print(*folder.finish(state))
         metrics.finish(state)
+        if world.is_main:
+            metrics.print(plot(folder.path))
 
 
 def due(count: int, every: int | None) -> bool:
     """Return whether an action that is done every `every` steps (None: never) is due after step `count`."""
     return every is not None and count % every == 0
+
+
+def plot(run: Path) -> str:
+    """Plot the run's curves; return a message. An error does not fail a run whose weights are saved."""
+    try:
+        return f"wrote {draw_curves(run)}"
+    except Exception as error:
+        return f"warning: the curves could not be plotted ({first_line(error) or type(error).__name__})"
 
 
 class Components(NamedTuple):

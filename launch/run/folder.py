@@ -27,7 +27,6 @@ from launch.machine.world import broadcast_from_rank0
 from launch.run.checkpoint import Checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.checkpoint_writer import MAX_FAILURES, BackgroundWriter
-from launch.run.curves import draw_curves
 from launch.run.files import check_writable, unwritable
 from launch.run.fingerprint import check_classes, check_fingerprint, check_position, fingerprint
 from launch.run.metrics_file import METRICS_NAME, check_metrics
@@ -48,7 +47,7 @@ _WRITTEN = r"probe|recipe\.json|classes\.json|status|curves\.png|weights(-ema)?\
 
 
 class RunFolder:
-    """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights.safetensors, curves.png.
+    """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights.safetensors.
 
     Only rank 0 writes. As a context manager, it updates RUN/status (running, preempted, finished or failed) with step
     and reason.
@@ -186,7 +185,7 @@ class RunFolder:
         return self._writer.errors()
 
     def finish(self, progress: Progress) -> list[str]:
-        """Wait for the last checkpoint, export the weights and plot the curves; return messages. Collective.
+        """Wait for the last checkpoint and export the weights; return messages. Collective.
 
         Raises:
             RunFailed: the last checkpoint or the weights could not be written, so the run is not finished.
@@ -210,11 +209,6 @@ class RunFolder:
                     fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
                     raise RunFailed(f"{path}: the weights could not be written ({fact}); {RESUME_HINT}") from error
                 messages.append(f"wrote {path}")
-        try:
-            figure = draw_curves(self.path, warn=lambda fact: messages.append(f"warning: {fact}"))
-            messages.append(f"wrote {figure}")
-        except Exception as error:  # a failed plot must not fail a run whose weights are saved
-            messages.append(f"warning: the curves could not be plotted ({first_line(error) or type(error).__name__})")
         return messages
 
     def __enter__(self) -> RunFolder:

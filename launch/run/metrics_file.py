@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from launch.run.files import open_regular
-from launch.run.trackers import Trackers
+from launch.run.metrics_schema import KINDS, Line
 from shards.errors import UserError
 from shards.redact import redacted
-from shards.schema import Finite, parse_json
+from shards.schema import parse_json
 
 METRICS_NAME = "metrics.jsonl"
 _LINE_LIMIT = 1 << 20
@@ -27,41 +27,34 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Writes metrics to metrics.jsonl and to trackers. On ranks other than 0, `folder` is None and nothing is written.
+    """Writes metrics.jsonl. On ranks other than 0, `folder` is None and nothing is written.
 
     Write errors do not end the run: lines are kept in memory, and written in order when the file can be written again.
     `messages` returns one message when such a failure begins, and one when it ends.
     """
 
-    def __init__(self, folder: Path | None, trackers: Trackers | None = None) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._path = folder / METRICS_NAME if folder else None
         self._handle: int | None = None
         self._pending: collections.deque[bytes] = collections.deque()
         self._problem = ""
         self._messages: list[str] = []
-        self._trackers = trackers
-        if folder is not None and trackers is not None:
-            trackers.open(folder)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Write a line with its kind ("start", "resolved", "train", "eval", "eval-ema", "end"), Unix time and
-        values."""
+        """Write a line with its kind, the time and `values` (launch/run/metrics_schema.py)."""
         if self._path is None:
             return
         line = json.dumps(redacted({"kind": kind, "time": round(time.time(), 3), **values})) + "\n"
         self._pending.append(line.encode())
         self._flush(self._path)
-        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-        if self._trackers is not None:
-            self._trackers.log(numbers, step=values.get("step", 0))
 
     def messages(self) -> list[str]:
         """Return messages since the last call."""
         messages, self._messages = self._messages, []
-        return messages + (self._trackers.messages() if self._trackers else [])
+        return messages
 
     def close(self) -> list[str]:
-        """Write pending lines and close the trackers; return messages."""
+        """Write pending lines; return messages."""
         if self._path is not None:
             self._flush(self._path)
             if self._pending:
@@ -70,8 +63,6 @@ class MetricsLog:
                     "checkpoints are not affected"
                 )
             self._close_file()
-        if self._trackers is not None:
-            self._trackers.finish()
         return self.messages()
 
     def _flush(self, path: Path) -> None:
@@ -162,31 +153,6 @@ def read_metrics(folder: Path, warn: Callable[[str], object] = log.warning) -> l
     return list(lines.values())
 
 
-class _Line(BaseModel, strict=True):
-    kind: str
-    step: int = 0
-
-
-class _Train(_Line):
-    """Fields of a training line that readers use; `_Evaluation` has those of an evaluation line."""
-
-    step: int
-    epoch: int
-    lr: Finite
-    images_per_second: Finite
-    loss: Finite | None = None  # None if all steps of the interval were skipped
-
-
-class _Evaluation(_Line):
-    step: int
-    epoch: int
-    top1: Finite
-    top5: Finite
-    loss: Finite
-    samples: int
-
-
-_KINDS: dict[str, type[_Line]] = {"train": _Train, "eval": _Evaluation, "eval-ema": _Evaluation}
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -197,5 +163,5 @@ def _checked(content: bytes) -> dict[str, Any]:
         ValueError: the line is not a valid metrics line.
     """
     line = parse_json(content, _OBJECT, limit=_LINE_LIMIT)
-    _KINDS.get(_Line.model_validate(line).kind, _Line).model_validate(line)
+    KINDS.get(Line.model_validate(line).kind, Line).model_validate(line)
     return line

@@ -17,10 +17,10 @@ from launch.engine.engine import Engine
 from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.machine.world import World
+from launch.monitor.metrics import Metrics
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption
 from launch.resilience.watchdog import Watchdog
-from launch.run.metrics import Metrics
 from launch.run.progress import Progress
 
 SIZE = 32

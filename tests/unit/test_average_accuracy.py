@@ -13,9 +13,9 @@ import torch
 from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.machine.world import World
-from launch.run import metrics
-from launch.run.curves import draw_curves
-from launch.run.metrics import Metrics
+from launch.monitor.curves import draw_curves
+from launch.monitor.metrics import Metrics
+from launch.monitor import metrics
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import read_content, write_status

@@ -24,11 +24,11 @@ from launch.cli import main as pipeline
 from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.machine.device_peaks import DevicePeaks
+from launch.monitor.metrics import Display
 from launch.report import main as report_main
 from launch.roofline import Roofline
 from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
-from launch.run.metrics import Display
 from launch.run.progress import Progress
 from launch.train import main as train
 from shards.errors import StorageFailed

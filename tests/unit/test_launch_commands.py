@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import fat
 from launch.evaluate import main as evaluate
-from launch.run.curves import draw_curves
+from launch.monitor.curves import draw_curves
 from launch.train import main as train
 from shards.errors import UserError
 from tests.support.commands import SMALL, run

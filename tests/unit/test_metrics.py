@@ -1,4 +1,4 @@
-"""Metrics (launch/run/metrics.py): write errors lose no line and do not end the run."""
+"""Metrics (launch/monitor/metrics.py): write errors lose no line and do not end the run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.engine.engine import StepResult
 from launch.machine.world import World
-from launch.run import metrics
-from launch.run.curves import draw_curves
+from launch.monitor.curves import draw_curves
+from launch.monitor import metrics
 from launch.run.metrics_file import METRICS_NAME, MetricsLog, check_metrics, read_metrics
 from launch.run.progress import Progress
 from pipeline.plan import Position
@@ -158,7 +158,7 @@ def test_data_wait_is_the_waiting_time_of_the_device(tmp_path: Path, monkeypatch
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
     engine = SimpleNamespace(world=world, description="")
     clock = iter(range(100))
-    monkeypatch.setattr("launch.run.metrics.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("launch.monitor.metrics.time.perf_counter", lambda: float(next(clock)))
     result = StepResult(loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
     batches = iter([SimpleNamespace(ready=moment(at=ready)) for ready in (0.0, 1.25, 1.5)])
     with metrics.Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress()) as tracker:

@@ -19,9 +19,9 @@ from launch.cli import main as pipeline
 from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.machine.provenance import git_state, versions
+from launch.monitor.trackers import Trackers
 from launch.run.saved_recipe import read_saved_run
 from launch.run.status import STATUS_NAME, write_status
-from launch.run.trackers import Trackers
 from launch.submit import main as submit
 from launch.train import main as train
 from shards import redact as redaction

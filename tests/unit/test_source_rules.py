@@ -19,7 +19,7 @@ WRITERS = {
     "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
     "launch/run/metrics_file.py": "RUN/metrics.jsonl, appended to if it is a regular file",
     "launch/resilience/preflight.py": "RUN/.preflight-JOB",
-    "launch/run/curves.py": "into memory",
+    "launch/monitor/curves.py": "into memory",
     "launch/run/files.py": "probe under a random name",
     "launch/machine/standard_streams.py": "/dev/null",
     "launch/run/status.py": "RUN/status",

@@ -1,4 +1,4 @@
-"""Trackers (launch/run/trackers.py): a tracker that cannot start ends a new run, but not a resumed one."""
+"""Trackers (launch/monitor/trackers.py): a tracker that cannot start ends a new run, but not a resumed one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.config.run import LogConfig, RunConfig
+from launch.monitor.trackers import WANDB_ID, Trackers
 from launch.run.metrics_file import METRICS_NAME, MetricsLog
-from launch.run.trackers import WANDB_ID, Trackers
 from launch.train import main as train
 
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0}

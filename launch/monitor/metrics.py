@@ -6,27 +6,26 @@ Losses and gradient norms stay on the device until a log line is due, so that st
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
+from launch.machine.device_peaks import synchronize
+from launch.machine.provenance import device_name
+from launch.monitor.display import Display
+from launch.monitor.trackers import Trackers
 from launch.roofline import Roofline
 from launch.run.metrics_file import MetricsLog
 from launch.run.progress import Progress, WeightsKind
-from launch.run.trackers import Trackers
 from pipeline.batch import Batch
 from pipeline.data_wait import DataWait
-from shards.redact import printable
 
 # For each kind of weights: the `kind` of its evaluation lines in the metrics, and its name in messages.
 EVALUATION_KINDS: dict[WeightsKind, str] = {"weights": "eval", "average": "eval-ema"}
@@ -40,15 +39,41 @@ class Metrics:
     """
 
     def __init__(
-        self, recipe: Recipe, feed: Feed, engine: Engine, progress: Progress, trackers: Trackers | None = None
+        self,
+        recipe: Recipe,
+        feed: Feed,
+        engine: Engine,
+        progress: Progress,
+        trackers: Trackers | None = None,
+        *,
+        restore_seconds: float = 0.0,
     ) -> None:
         self._world, self._plan, self._resumed = engine.world, feed.plan, progress
         main = self._world.is_main
-        self._log = MetricsLog(recipe.run.out if main else None, trackers)
+        self._log = MetricsLog(recipe.run.out if main else None)
+        self._trackers = trackers
+        if trackers is not None:
+            trackers.open(recipe.run.out)
         self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
         self._roofline = Roofline.of(feed, engine) if main else None
-        self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
+        self._write(
+            "start",
+            step=progress.step,
+            world=self._world.size,
+            engine=engine.description,
+            variant=recipe.model.variant,
+            device=device_name(self._world.device),
+            host=self._world.host,
+            total_steps=feed.last_step,
+            steps_per_epoch=self._plan.steps_per_epoch,
+            epochs=recipe.optim.epochs,
+            global_batch=self._plan.global_batch,
+            started=round(psutil.Process().create_time(), 3),
+            restore_seconds=round(restore_seconds, 3),
+        )
         self._clock = time.perf_counter()
+        self._first_step_seconds: float | None = None
+        self._stepped = False
         self._rate, self._wait = 0.0, DataWait(self._world.device)
         self._last: dict[WeightsKind, float] = {}  # top-1 accuracies of the last evaluation
         self.restart_interval()
@@ -58,11 +83,18 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self.print(*self._log.close())
+        if self._trackers is not None:
+            self._trackers.finish()
+            self.print(*self._trackers.messages())
         self._display.close()
 
     def _write(self, kind: str, **values: Any) -> None:
         self._log.write(kind, **values)
         self.print(*self._log.messages())
+        if self._trackers is not None:
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            self._trackers.log(numbers, step=values.get("step", 0))
+            self.print(*self._trackers.messages())
 
     def restart_interval(self) -> None:
         """Start a new interval, so that the throughput does not include evaluation and saving."""
@@ -87,6 +119,10 @@ class Metrics:
         self._wait.mark_step_end()
         self._step, self._rate = step, rate
         self._results.append(result)
+        if not self._stepped:  # the first step includes compilation, and is measured once per start
+            self._stepped = True
+            synchronize(self._world.device)
+            self._first_step_seconds = round(time.perf_counter() - self._interval_started, 4)
         self._display.update(step + 1)
 
     def log_interval(self, *, skipped: int, replaced: int) -> None:
@@ -112,15 +148,19 @@ class Metrics:
         values = {
             "loss": round(loss / count, 5) if count else None,
             "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
+            "steps": len(self._results),
+            "seconds": round(seconds, 4),
+            "first_step_seconds": self._first_step_seconds,
             "images_per_second": round(rate, 1),
             **self._utilization(rate / self._world.size),
-            "data_wait": round(self._wait.seconds() / seconds, 4),
+            "data_wait": min(1.0, round(self._wait.seconds() / seconds, 4)),
             # Reserved, not allocated memory: the pool of CUDA graphs does not count as allocated between captures.
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,
             "replaced": int(replaced_by_all),
         }
-        epoch = self._plan.at(self._step).epoch
+        self._first_step_seconds = None
+        epoch = self._plan.at(self._step).epoch + 1
         self._write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
         self._display.show_interval(self._step + 1, epoch, self._rate, values)
         self.restart_interval()
@@ -141,8 +181,8 @@ class Metrics:
         self.print(*messages, "; ".join(f"{name}: {value}" for name, value in resolved.items()))
 
     def log_evaluation(self, step: int, results: Mapping[WeightsKind, dict[str, float]]) -> dict[WeightsKind, float]:
-        """Write a line about each evaluation; return the top-1 accuracies."""
-        epoch = self._plan.at(step).epoch
+        """Write a line about each evaluation, with its duration in `seconds`; return the top-1 accuracies."""
+        epoch = self._plan.at(step - 1).epoch + 1
         for weights, result in results.items():
             self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result)
             name = f", {WEIGHTS_NAMES[weights]}" if len(results) > 1 else ""
@@ -152,6 +192,14 @@ class Metrics:
             )
         self._last = {weights: result["top1"] for weights, result in results.items()}
         return self._last
+
+    def log_checkpoint(self, step: int, seconds: float) -> None:
+        """Write a line about a checkpoint for which training was blocked for `seconds`."""
+        self._write("checkpoint", step=step, seconds=round(seconds, 4))
+
+    def log_stop(self, step: int, reason: str) -> None:
+        """Write a line about the end of this start, whose run is resumed later."""
+        self._write("stop", step=step, reason=reason)
 
     @property
     def seconds(self) -> float:
@@ -171,49 +219,3 @@ class Metrics:
                 f"{WEIGHTS_NAMES[weights]} {top1:.2%}" for weights, top1 in self._last.items()
             )
         self.print(text)
-
-
-class Display:
-    """Shows progress on stderr of rank 0: a progress bar on a terminal, otherwise a line per interval."""
-
-    def __init__(self, *, enabled: bool, total_steps: int, done: int) -> None:
-        self._enabled = enabled
-        self._total = total_steps
-        self.console = Console(file=sys.stderr, quiet=not enabled, highlight=False)
-        self._bar: Bar | None = None
-        if enabled and self.console.is_terminal:
-            self._bar = Bar(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=done)
-            self._bar.start()
-
-    def print(self, text: str) -> None:
-        """Print a line (above the progress bar)."""
-        self.console.print(printable(text), markup=False, soft_wrap=True)
-
-    def update(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def show_interval(self, step: int, epoch: int, lr: float, values: dict[str, Any]) -> None:
-        loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
-        text = (
-            f"epoch {epoch} loss {loss:.3f} lr {lr:.2e} norm {norm:.2f} "
-            f"{values['images_per_second']:.0f} img/s, MFU {values.get('mfu', 0):.1%}, "
-            f"waiting for data {values['data_wait']:.1%}"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        else:
-            self.print(f"step {step}/{self._total} {text}")
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

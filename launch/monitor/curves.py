@@ -9,7 +9,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from launch.run.metrics import EVALUATION_KINDS, WEIGHTS_NAMES
+from launch.monitor.metrics import EVALUATION_KINDS, WEIGHTS_NAMES
 from launch.run.metrics_file import METRICS_NAME, read_metrics
 from launch.run.progress import WeightsKind
 from shards.errors import UserError, storage_error

@@ -1,0 +1,160 @@
+"""The lines of RUN/metrics.jsonl: JSON objects with `kind` and `time`. The other fields depend on `kind`.
+
+The file is append-only: a start that repeats steps after a crash writes them again. All lines between a "start" line
+and the next one belong to one start (one launch of the processes) of the run. Epochs are counted from 1, and steps are
+the number of optimizer steps done. Readers must ignore fields and kinds that they do not know.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from shards.schema import Count, Finite
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Line(BaseModel, strict=True):
+    """Fields of every line."""
+
+    kind: str
+    time: Finite
+    """Unix time at which the line was written, in seconds."""
+    step: Count = 0
+    """Optimizer steps done."""
+
+
+class Start(Line):
+    """The processes have been started, and the run is ready for its first step."""
+
+    kind: Literal["start"]
+    step: Count
+    """Step from which this start begins: 0, or that of the checkpoint from which the run was resumed."""
+    world: Annotated[int, Field(ge=1)]
+    """Number of ranks."""
+    engine: str
+    """Data parallelism and precision."""
+    variant: str
+    device: str
+    """Name of rank 0's device."""
+    host: str
+    """Host of rank 0."""
+    total_steps: Count
+    """Step at which the run ends."""
+    steps_per_epoch: Count
+    epochs: Count
+    global_batch: Count
+    started: Finite
+    """Unix time at which rank 0's process was started."""
+    restore_seconds: Seconds = 0.0
+    """Time to load the checkpoint."""
+    queued: Finite | None = None
+    """Unix time since which the scheduler's job waited for this start; None: unknown, or not run by a scheduler."""
+    previous_alive: Finite | None = None
+    """Last time at which the previous start renewed RUN/status, if it was killed; None: it ended by itself."""
+    previous_step: Count | None = None
+    """Optimizer steps done by the previous start at `previous_alive`."""
+
+
+class Resolved(Line, extra="allow"):
+    """Chosen values of the options that were not set."""
+
+    kind: Literal["resolved"]
+
+
+class Train(Line):
+    """The optimizer steps since the previous line of this kind, evaluation or checkpoint: one interval."""
+
+    kind: Literal["train"]
+    step: Count
+    epoch: Annotated[int, Field(ge=1)]
+    """Epoch of the last step."""
+    lr: Finite
+    """Learning rate of the last step."""
+    loss: Finite | None = None
+    """Mean training loss over all ranks; None: the loss of every step of the interval was not finite."""
+    grad_norm: Finite | None = None
+    """Mean gradient norm before clipping."""
+    steps: Annotated[int, Field(ge=1)]
+    """Number of steps in the interval."""
+    seconds: Seconds
+    """Duration of the interval."""
+    first_step_seconds: Seconds | None = None
+    """Duration of the first step of this start, which includes compilation; None: it was not in this interval."""
+    images_per_second: Finite
+    """Images of all ranks per second."""
+    data_wait: Fraction
+    """Fraction of the interval in which rank 0's device waited for a batch."""
+    slowest: str | None = None
+    """Rank and host that waited longest for data, if there are several ranks."""
+    mfu: Finite | None = None
+    """Model FLOPs utilization: fraction of the device's peak FLOP/s."""
+    bandwidth: Finite | None = None
+    """Fraction of the device's memory bandwidth that the model's minimum traffic corresponds to."""
+    memory_bytes: Count = 0
+    """Peak GPU memory that PyTorch has reserved on rank 0."""
+    skipped: Count = 0
+    """Updates skipped so far in this start, because gradients were not finite."""
+    replaced: Count = 0
+    """Damaged samples that all ranks have replaced so far in this start."""
+
+
+class Evaluation(Line):
+    """Accuracy on the validation split: "eval" of the weights, "eval-ema" of their moving average (EMA)."""
+
+    kind: Literal["eval", "eval-ema"]
+    step: Count
+    epoch: Annotated[int, Field(ge=1)]
+    """Epoch of the last optimizer step before the evaluation."""
+    top1: Fraction
+    top5: Fraction
+    loss: Finite
+    samples: Count
+    seconds: Seconds = 0.0
+    """Duration of the evaluation."""
+
+
+class CheckpointSaved(Line):
+    """A checkpoint was written, in a background thread. `step` is that of the checkpoint."""
+
+    kind: Literal["checkpoint"]
+    step: Count
+    seconds: Seconds
+    """Time for which training was blocked."""
+
+
+class Stop(Line):
+    """The start ended before the run was finished, after a checkpoint was saved."""
+
+    kind: Literal["stop"]
+    step: Count
+    reason: str
+    """What requested it: the name of a signal, a file, the deadline."""
+
+
+class End(Line):
+    """The run is finished."""
+
+    kind: Literal["end"]
+    step: Count
+    seconds: Seconds
+    """Training time over all starts."""
+    best: Fraction | None
+    """Best top-1 accuracy; None: nothing was evaluated."""
+    best_of: Literal["weights", "average"] | None = None
+    """Whether the weights or their EMA reached `best`."""
+
+
+KINDS: dict[str, type[Line]] = {
+    "start": Start,
+    "resolved": Resolved,
+    "train": Train,
+    "eval": Evaluation,
+    "eval-ema": Evaluation,
+    "checkpoint": CheckpointSaved,
+    "stop": Stop,
+    "end": End,
+}
