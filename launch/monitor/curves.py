@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.monitor.metrics import EVALUATION_KINDS, WEIGHTS_NAMES
-from launch.run.metrics_file import METRICS_NAME, read_metrics
+from launch.run.metrics_file import final_timeline, read_run
 from launch.run.progress import WeightsKind
-from shards.errors import UserError, storage_error
 from shards.files.output import check_output, write_output
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -32,14 +31,7 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
     """
     out = out or run / "curves.png"
     check_output(out, "--out", FORMATS)
-    try:
-        lines = read_metrics(run, warn)
-    except FileNotFoundError:
-        raise UserError(
-            f"{run}: contains no {METRICS_NAME}, so it is not a run folder; use the --out folder of a training run"
-        ) from None
-    except OSError as error:
-        raise storage_error(run / METRICS_NAME, error, "use the --out folder of a training run") from error
+    lines = final_timeline(read_run(run, warn))
     import matplotlib
 
     matplotlib.use("agg")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from launch.run.files import open_regular
-from launch.run.metrics_schema import KINDS, Line
-from shards.errors import UserError
+from launch.run.metrics_schema import EVALUATIONS, KINDS, Line
+from shards.errors import UserError, storage_error
 from shards.redact import redacted
 from shards.schema import parse_json
 
@@ -124,7 +126,7 @@ def check_metrics(run: Path) -> None:
 
 
 def read_metrics(folder: Path, warn: Callable[[str], object] = log.warning) -> list[dict[str, Any]]:
-    """Return all lines of a run. If a resumed run has repeated steps, only the last line of each step is returned.
+    """Return all lines of a run, of all its starts, in the order in which they were written.
 
     Damaged lines, for example after a power failure, are skipped.
 
@@ -134,23 +136,75 @@ def read_metrics(folder: Path, warn: Callable[[str], object] = log.warning) -> l
     Raises:
         OSError: the file is missing, not a regular file, or cannot be read.
     """
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    lines: list[dict[str, Any]] = []
     damaged = 0
     with open(open_regular(folder / METRICS_NAME), "rb") as file:
-        number = 0
         while content := file.readline(_LINE_LIMIT):
-            number += 1
             try:
-                line = _checked(content)
+                lines.append(_checked(content))
             except ValueError:
                 damaged += 1
-                continue
-            key = (line["kind"], line.get("step", -number))
-            lines.pop(key, None)
-            lines[key] = line
     if damaged:
         warn(f"{folder / METRICS_NAME}: skipped {damaged} damaged line{'s' if damaged > 1 else ''}")
-    return list(lines.values())
+    return lines
+
+
+def read_run(run: Path, warn: Callable[[str], object] = log.warning) -> list[dict[str, Any]]:
+    """Return all lines of a run, for commands whose argument is a run folder; see `read_metrics`.
+
+    Raises:
+        UserError: the folder is not a run folder, or its metrics cannot be read.
+    """
+    try:
+        return read_metrics(run, warn)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{run}: contains no {METRICS_NAME}, so it is not a run folder; use the --out folder of a training run"
+        ) from None
+    except OSError as error:
+        raise storage_error(run / METRICS_NAME, error, "use the --out folder of a training run") from error
+
+
+def starts(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the lines of each start. All begin with a "start" line, except those whose "start" line is missing."""
+    found: list[list[dict[str, Any]]] = []
+    step = 0
+    for line in lines:
+        # If a "start" line is damaged, the next start is recognized by its first step, which has been done before.
+        repeats = line["kind"] == "train" and line["step"] - line["steps"] < step
+        if not found or line["kind"] == "start" or repeats:
+            found.append([])
+        found[-1].append(line)
+        step = line.get("step", 0)
+    return found
+
+
+def first_step(start: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of optimizer steps that were done before a start: 0, or those of its checkpoint."""
+    first = start[0]
+    return int(first.get("step", 0)) - int(first.get("steps", 0))
+
+
+def kept_steps(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Return for each start the last step that no later start has repeated; infinity: none has been repeated."""
+    resumed = [*map(first_step, found[1:]), inf]
+    return list(itertools.accumulate(reversed(resumed), min))[::-1]
+
+
+def final_timeline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of the run without those of steps that a later start repeated.
+
+    Of several evaluations of the same step, the last one is returned.
+    """
+    found = starts(lines)
+    kept = [
+        line
+        for start, last in zip(found, kept_steps(found), strict=True)
+        for line in start
+        if line.get("step", 0) <= last
+    ]
+    newest = {(line["kind"], line["step"]): line for line in kept if line["kind"] in EVALUATIONS}
+    return [line for line in kept if newest.get((line["kind"], line.get("step")), line) is line]
 
 
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])

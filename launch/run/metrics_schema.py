@@ -158,3 +158,4 @@ KINDS: dict[str, type[Line]] = {
     "stop": Stop,
     "end": End,
 }
+EVALUATIONS = frozenset(name for name, kind in KINDS.items() if kind is Evaluation)
