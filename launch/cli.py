@@ -143,6 +143,28 @@ class Tune:
         return 0
 
 
+@dataclass(frozen=True)
+class Goodput:
+    """Show how much of a run's wall time was training, over all its starts, and where the rest went."""
+
+    run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(name="run", metavar="RUN")]]
+    """Run folder: --out of the training."""
+    json: bool = False
+    """Print JSON instead of tables, with the names of ml-goodput-measurement."""
+
+    def run(self) -> int:
+        import json
+
+        from launch.monitor.goodput_table import describe, read_goodput
+
+        found = read_goodput(self.run_folder, lambda message: print(f"warning: {printable(message)}", file=sys.stderr))
+        if self.json:
+            print(json.dumps(found.to_dict(), indent=1))
+        else:
+            print(*map(printable, describe(found).splitlines()), sep="\n")
+        return 0
+
+
 def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe of training options on a shard set; a recipe file cannot select another set.
 
@@ -169,6 +191,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "look": Look,
     "bench": Bench,
     "tune": Tune,
+    "goodput": Goodput,
     "sample": Sample,
 }
 

@@ -18,20 +18,18 @@ from launch.run.metrics_schema import EVALUATIONS
 TRAINING, WAITING, EVALUATION = "training", "waiting for data", "evaluation"
 SAVING, RESTORE, STARTUP = "saving checkpoints", "restoring checkpoints", "start-up"
 LOST, DOWN, QUEUED, OTHER = "lost steps", "down time", "waiting in the queue", "other"
-# Category -> its name in ml-goodput-measurement.
+# Category -> its name in ml-goodput-measurement, which calls categories of its users' own custom events.
 BADPUT_TYPES = {
     WAITING: "DATA_LOADING_SYNC",
-    EVALUATION: "EVAL_STEP",
     SAVING: "UNPRODUCTIVE_CHECKPOINT_SAVE_TIME",
     RESTORE: "UNPRODUCTIVE_CHECKPOINT_RESTORE_TIME",
     STARTUP: "PROGRAM_STARTUP",
     LOST: "WASTED_PROGRESS_FROM_DISRUPTION",
     DOWN: "INFRASTRUCTURE_RECOVERY_FROM_DISRUPTION",
-    QUEUED: "QUEUED",
     OTHER: "OTHER",
 }
-CUSTOM_BADPUT_EVENTS = (EVALUATION, QUEUED)  # names of the user's own in ml-goodput-measurement
-CATEGORIES = (TRAINING, *BADPUT_TYPES)
+CUSTOM_BADPUT_EVENTS = {EVALUATION: "EVAL_STEP", QUEUED: "QUEUED"}
+CATEGORIES = (TRAINING, WAITING, EVALUATION, SAVING, RESTORE, STARTUP, LOST, DOWN, QUEUED, OTHER)
 CLOCK_TOLERANCE = 2.0
 """Seconds by which times may go back without a note: the time of a process's start is exact to a second."""
 
@@ -96,13 +94,16 @@ class Goodput:
         """Number of optimizer steps that were done more than once."""
         return sum(start.lost_steps for start in self.starts)
 
+    @property
+    def running(self) -> bool:
+        """Whether the run is still running, according to RUN/status."""
+        return self.starts[-1].ended == "running"
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object with the names of ml-goodput-measurement."""
         seconds = {name: round(value, 3) for name, value in self.categories.items()}
-        badput: dict[str, Any] = {
-            BADPUT_TYPES[name]: seconds[name] for name in BADPUT_TYPES if name not in CUSTOM_BADPUT_EVENTS
-        }
-        badput["CUSTOM_BADPUT_EVENTS"] = {BADPUT_TYPES[name]: seconds[name] for name in CUSTOM_BADPUT_EVENTS}
+        badput: dict[str, Any] = {BADPUT_TYPES[name]: value for name, value in seconds.items() if name in BADPUT_TYPES}
+        badput["CUSTOM_BADPUT_EVENTS"] = {name: seconds[category] for category, name in CUSTOM_BADPUT_EVENTS.items()}
         return {
             "goodput": round(self.goodput, 6),
             "total_elapsed_time": round(self.wall, 3),
@@ -110,7 +111,8 @@ class Goodput:
             "badput_time": badput,
             "max_productive_step": max(start.last_step for start in self.starts),
             "lost_steps": self.lost_steps,
-            "disruption_count": len(self.starts) - 1,
+            "disruption_count": sum(start.ended != "finished" for start in self.starts[:-1]),
+            "running": self.running,
             "starts": [asdict(start) | {"goodput": round(start.goodput, 6)} for start in self.starts],
             "notes": list(self.notes),
         }

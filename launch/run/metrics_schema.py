@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field
 
 from shards.schema import Count, Finite
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+UnixTime = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -21,7 +22,7 @@ class Line(BaseModel, strict=True):
     """Fields of every line."""
 
     kind: str
-    time: Finite
+    time: UnixTime
     """Unix time at which the line was written, in seconds."""
     step: Count = 0
     """Optimizer steps done."""
@@ -47,13 +48,13 @@ class Start(Line):
     steps_per_epoch: Count
     epochs: Count
     global_batch: Count
-    started: Finite
+    started: UnixTime
     """Unix time at which rank 0's process was started."""
     restore_seconds: Seconds = 0.0
     """Time to load the checkpoint."""
-    queued: Finite | None = None
+    queued: UnixTime | None = None
     """Unix time since which the scheduler's job waited for this start; None: unknown, or not run by a scheduler."""
-    previous_alive: Finite | None = None
+    previous_alive: UnixTime | None = None
     """Last time at which the previous start renewed RUN/status, if it was killed; None: it ended by itself."""
     previous_step: Count | None = None
     """Optimizer steps done by the previous start at `previous_alive`."""
