@@ -106,7 +106,7 @@ class Goodput:
         badput["CUSTOM_BADPUT_EVENTS"] = {name: seconds[category] for category, name in CUSTOM_BADPUT_EVENTS.items()}
         return {
             "goodput": round(self.goodput, 6),
-            "total_elapsed_time": round(self.wall, 3),
+            "total_elapsed_time": round(sum(seconds.values()), 3),
             "goodput_time": {"TOTAL": seconds[TRAINING]},
             "badput_time": badput,
             "max_productive_step": max(start.last_step for start in self.starts),
@@ -131,7 +131,7 @@ def goodput(lines: Sequence[dict[str, Any]], *, status: str | None = None, alive
     total = dict.fromkeys(CATEGORIES, 0.0)
     summaries: list[StartGoodput] = []
     notes: list[str] = []
-    ended_at: float | None = None
+    ended_at = -inf
     for start, kept, following in zip(found, kept_steps(found), [*found[1:], None], strict=True):
         spent = _Start(start, kept, typical)
         if following is None:
@@ -140,7 +140,7 @@ def goodput(lines: Sequence[dict[str, Any]], *, status: str | None = None, alive
             spent.close_before(following)
         queued = spent.queued_since(ended_at)
         total[QUEUED] += queued
-        if ended_at is not None:
+        if summaries:
             spent.note_clock(spent.begin - ended_at)
             total[DOWN] += max(0.0, spent.begin - ended_at - queued)
         for name, seconds in spent.categories.items():
@@ -183,12 +183,10 @@ class _Start:
             self.time = line["time"]
             self._add(line)
 
-    def queued_since(self, ended_at: float | None) -> float:
+    def queued_since(self, ended_at: float) -> float:
         """Return the seconds in the scheduler's queue, after the previous start had ended."""
         queued = self._head.get("queued")
-        if queued is None:
-            return 0.0
-        return max(0.0, self.begin - (queued if ended_at is None else max(queued, ended_at)))
+        return 0.0 if queued is None else max(0.0, self.begin - max(queued, ended_at))
 
     def note_clock(self, passed: float) -> None:
         """Add a note if a time is clearly earlier than the time before it."""
@@ -222,9 +220,8 @@ class _Start:
     def _add_interval(self, line: Line) -> None:
         """Divide an interval of steps. Until its first step, a start is starting up."""
         interval = self._take(line["seconds"])
-        if not self._stepped:
-            self.categories[STARTUP] += self._take()
-            self._stepped = True
+        self.categories[OTHER if self._stepped else STARTUP] += self._take()
+        self._stepped = True
         first = line.get("first_step_seconds")
         if first is not None and self._step_seconds is not None:
             excess = min(interval, max(0.0, first - self._step_seconds))
@@ -245,8 +242,8 @@ class _Start:
             self._add_unlogged(following[0].get("previous_alive"), following[0].get("previous_step"))
         elif self._ended != "finished":
             kinds = [line["kind"] for line in following if line["kind"] in {"train", *EVALUATIONS}]
-            evaluates = bool(kinds) and kinds[0] in EVALUATIONS  # it repeats the evaluation that was interrupted
-            self.categories[LOST if evaluates else SAVING] += self._take()
+            repeats_evaluation = next(iter(kinds), "") in EVALUATIONS  # this one did not finish it
+            self.categories[LOST if repeats_evaluation else SAVING] += self._take()
         self.categories[OTHER] += self._take()
 
     def close(self, *, status: str | None, alive: float | None) -> None:
@@ -263,7 +260,9 @@ class _Start:
             self._open += alive - self.time
             self.time = alive
         unlogged = max(0, (step or 0) - self._step)
-        self.categories[LOST if self._stepped or unlogged else STARTUP] += self._take()
+        if not self._stepped:  # the time before the first line is that of its steps, and start-up
+            self.categories[LOST] += self._take(unlogged * (self._step_seconds or 0.0))
+        self.categories[LOST if self._stepped else STARTUP] += self._take()
         self._lost_steps += unlogged
         self._step += unlogged
 

@@ -48,7 +48,7 @@ def describe(found: Goodput) -> str:
     title = f"goodput {found.goodput:.1%} of {duration(found.wall)} in {count} start{'s' if count > 1 else ''}"
     if found.lost_steps:
         title += f", {found.lost_steps} steps were done again"
-    categories = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    categories = Table(box=None, pad_edge=False)
     categories.add_column("category")
     categories.add_column("time", justify="right")
     categories.add_column("of wall time", justify="right")
@@ -66,7 +66,7 @@ def describe(found: Goodput) -> str:
         starts.add_row(str(start.number), ranks, *map(str, counts), *figures)
     text = io.StringIO()
     console = Console(width=WIDTH, file=text)
-    console.print(categories, "", starts, sep="\n")
+    console.print(title, "", categories, "", starts, sep="\n")
     lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
     if found.running:
         lines.append("the run is still running: the figures are up to its last line")
