@@ -23,10 +23,11 @@ from PIL import Image, ImageCms
 import fat
 from launch.config.command_line import apply_file
 from launch.config.recipe import Recipe
+from launch.monitor.goodput import goodput
 from launch.resilience import heartbeat
 from launch.run.checkpoint import META, Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
-from launch.run.metrics_file import METRICS_NAME, read_metrics
+from launch.run.metrics_file import METRICS_NAME, final_timeline, read_metrics
 from launch.run.progress import Progress
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
 from launch.run.status import STATUS_NAME, read_status
@@ -332,11 +333,23 @@ class TextTarget:
 
 
 def _metrics() -> bytes:
+    start = {"kind": "start", "time": 2.0, "step": 7, "started": 1.0, "world": 1, "engine": "e", "variant": "b0"}
+    train = {"kind": "train", "step": 8, "epoch": 1, "loss": 2.3, "lr": 1e-3, "time": 3.5, "images_per_second": 10.0}
     lines = [
-        {"kind": "train", "step": 7, "epoch": 0, "loss": 2.3, "lr": 1e-3, "time": 1.5, "images_per_second": 10.0},
-        {"kind": "eval", "step": 7, "epoch": 1, "top1": 0.5, "top5": 0.9, "loss": 2.0},
+        start
+        | dict.fromkeys(("total_steps", "steps_per_epoch", "epochs", "global_batch"), 9)
+        | {"device": "", "host": ""},
+        train | {"steps": 1, "seconds": 1.5, "first_step_seconds": 1.5, "data_wait": 0.25},
+        {"kind": "eval", "time": 4.5, "step": 8, "epoch": 1, "top1": 0.5, "top5": 0.9, "loss": 2.0, "samples": 3},
     ]
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return "".join(json.dumps(line) + "\n" for line in lines + lines).encode()
+
+
+def _read_metrics(path: Path) -> None:
+    lines = read_metrics(path.parent)
+    final_timeline(lines)
+    if lines:
+        json.dumps(goodput(lines).to_dict(), allow_nan=False)
 
 
 def _saved_run() -> bytes:
@@ -423,7 +436,7 @@ TARGETS: tuple[Target, ...] = (
     _target("checkpoint", CheckpointTarget(), _sealed_meta),
     _target("recipe-toml", TextTarget("r.toml", lambda: RECIPE, lambda path: apply_file(Recipe(), path))),
     _target("recipe-json", TextTarget(RECIPE_NAME, _saved_run, lambda path: read_saved_run(path.parent)), dumps),
-    _target("metrics", TextTarget(METRICS_NAME, _metrics, lambda path: read_metrics(path.parent)), tolerant=True),
+    _target("metrics", TextTarget(METRICS_NAME, _metrics, _read_metrics), tolerant=True),
     _target(
         "status",
         TextTarget(

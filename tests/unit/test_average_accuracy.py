@@ -13,16 +13,19 @@ import torch
 from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.machine.world import World
+from launch.monitor import metrics
 from launch.monitor.curves import draw_curves
 from launch.monitor.metrics import Metrics
-from launch.monitor import metrics
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 
 LOSS = {"top5": 1.0, "loss": 1.0, "samples": 3}
-TRAIN = {"kind": "train", "step": 1, "epoch": 0, "lr": 1e-3, "images_per_second": 9.0, "loss": 2.0}
+TRAIN = {
+    **{"kind": "train", "time": 9.0, "step": 1, "epoch": 1, "lr": 1e-3, "images_per_second": 9.0, "loss": 2.0},
+    **{"steps": 1, "seconds": 1.0, "data_wait": 0.0},
+}
 
 
 Make = Callable[[], Metrics]
@@ -99,9 +102,7 @@ def test_log_and_metrics_have_both_accuracies_and_the_best(
     assert (lines[-1]["kind"], lines[-1]["best"], lines[-1]["best_of"]) == ("end", 0.75, "average")
 
 
-def test_run_without_evaluation_has_no_best(
-    tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_without_evaluation_has_no_best(tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = tracking()
     tracker.finish(Progress(step=2))
     assert "best" not in capsys.readouterr().err
@@ -115,7 +116,7 @@ def plot(run: Path, *lines: dict[str, object]) -> str:
 
 
 def line(kind: str, step: int, top1: float) -> dict[str, object]:
-    return {"kind": kind, "step": step, "epoch": 0, "top1": top1, **LOSS}
+    return {"kind": kind, "time": 9.0, "step": step, "epoch": 1, "top1": top1, **LOSS}
 
 
 def test_curves_show_the_average_and_the_best(tmp_path: Path) -> None:

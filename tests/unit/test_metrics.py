@@ -15,15 +15,15 @@ from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.engine.engine import StepResult
 from launch.machine.world import World
-from launch.monitor.curves import draw_curves
 from launch.monitor import metrics
+from launch.monitor.curves import draw_curves
 from launch.run.metrics_file import METRICS_NAME, MetricsLog, check_metrics, read_metrics
 from launch.run.progress import Progress
 from pipeline.plan import Position
 from shards.errors import UserError
 from tests.support.disks import fill, small_disk
 
-TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0}
+TRAIN = {"epoch": 1, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0, "steps": 1, "seconds": 2.0, "data_wait": 0.1}
 
 
 def steps_of(run: Path) -> list[int]:
@@ -94,19 +94,21 @@ def test_truncated_line_does_not_damage_later_lines(tmp_path: Path) -> None:
     assert warnings == [f"{tmp_path / METRICS_NAME}: skipped 1 damaged line"]
 
 
+VALID = b'"kind": "train", "time": 1.0, "step": 3, "steps": 1, "seconds": 1.0, "epoch": 1, "data_wait": 0.5'
 DAMAGED = [
     b'{"kind": "train", "st\xff\xfe',
     bytes(500),
     b"17",
     b"[]",
-    b'{"step": 3}',
-    b'{"kind": 5, "step": 3}',
-    b'{"kind": ["train"], "step": 3}',
-    b'{"kind": "train", "step": "x", "loss": "y", "lr": null, "time": 1, "epoch": 0}',
-    b'{"kind": "train", "step": 3, "epoch": 0, "lr": NaN, "images_per_second": 1, "loss": 1}',
-    b'{"kind": "train", "step": 3, "epoch": 0, "lr": 1, "images_per_second": 1, "loss": Infinity}',
-    b'{"kind": "eval", "step": 3, "epoch": 0, "top1": true, "top5": 1, "loss": 1, "samples": 1}',
-    b'{"kind": "end", "step": [3]}',
+    b'{"time": 1.0, "step": 3}',
+    b'{"kind": 5, "time": 1.0, "step": 3}',
+    b'{"kind": ["train"], "time": 1.0, "step": 3}',
+    b"{" + VALID + b', "lr": null, "images_per_second": 1, "loss": "y"}',
+    b"{" + VALID + b', "lr": NaN, "images_per_second": 1, "loss": 1}',
+    b"{" + VALID + b', "lr": 1, "images_per_second": 1, "loss": Infinity}',
+    b"{" + VALID + b', "lr": 1, "images_per_second": 1, "loss": 1, "time": 1e300}',
+    b'{"kind": "eval", "time": 1.0, "step": 3, "epoch": 1, "top1": true, "top5": 1, "loss": 1, "samples": 1}',
+    b'{"kind": "end", "time": 1.0, "step": [3], "seconds": 1.0, "best": null}',
     b"[" * 100_000,
     b"x" * (1 << 21),
 ]
@@ -123,7 +125,7 @@ def test_damaged_line_is_skipped_with_a_warning(tmp_path: Path, damage: bytes) -
     log = MetricsLog(tmp_path)
     log.write("train", step=2, **TRAIN)
     log.write("train", step=3, **TRAIN | {"loss": None})  # every step was skipped
-    log.write("eval", step=3, epoch=0, top1=0.5, top5=0.9, loss=1.0, samples=3)
+    log.write("eval", step=3, epoch=1, top1=0.5, top5=0.9, loss=1.0, samples=3)
     assert log.close() == []
     assert (tmp_path / METRICS_NAME).read_bytes().startswith(before)
     warnings: list[str] = []
@@ -131,6 +133,11 @@ def test_damaged_line_is_skipped_with_a_warning(tmp_path: Path, damage: bytes) -
     assert len(warnings) == 1
     lines = read_metrics(tmp_path, warnings.append)
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("train", 3), ("eval", 3)]
+
+
+def test_line_of_which_damaged_ones_are_made_is_valid(tmp_path: Path) -> None:
+    (tmp_path / METRICS_NAME).write_bytes(b"{" + VALID + b', "lr": 1, "images_per_second": 1, "loss": 1}')
+    assert len(read_metrics(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
