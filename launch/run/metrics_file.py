@@ -187,7 +187,7 @@ def first_step(start: Sequence[Mapping[str, Any]]) -> int:
 
 def kept_steps(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
     """Return for each start the last step that no later start has repeated; infinity: none has been repeated."""
-    resumed = [*map(first_step, found[1:]), inf]
+    resumed = [*map(first_step, found[1:]), inf][: len(found)]  # nothing if there are no starts
     return list(itertools.accumulate(reversed(resumed), min))[::-1]
 
 

@@ -80,6 +80,10 @@ def test_final_timeline_has_every_step_once(history: History) -> None:
     assert evaluated == sorted(set(evaluated))
 
 
+def test_metrics_without_lines_have_no_timeline() -> None:
+    assert final_timeline([]) == starts([]) == []
+
+
 def test_intervals_are_prorated_at_the_checkpoint_from_which_the_run_was_resumed() -> None:
     """A checkpoint was saved in the middle of an interval: 4 of its 10 steps were repeated."""
     head = {"world": 1, "restore_seconds": 0.0}
