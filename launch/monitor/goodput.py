@@ -31,7 +31,7 @@ BADPUT_TYPES = {
 CUSTOM_BADPUT_EVENTS = {EVALUATION: "EVAL_STEP", QUEUED: "QUEUED"}
 CATEGORIES = (TRAINING, WAITING, EVALUATION, SAVING, RESTORE, STARTUP, LOST, DOWN, QUEUED, OTHER)
 CLOCK_TOLERANCE = 2.0
-"""Seconds by which times may go back without a note: the time of a process's start is exact to a second."""
+"""Seconds by which times may go back without a note. The kernel gives the start of a process with an error of 1 s."""
 
 Line = Mapping[str, Any]
 
@@ -128,27 +128,17 @@ def goodput(lines: Sequence[dict[str, Any]], *, status: str | None = None, alive
     """
     found = starts(lines)
     typical = [seconds for start in found for seconds in _step_seconds(start)]
-    total = dict.fromkeys(CATEGORIES, 0.0)
-    summaries: list[StartGoodput] = []
-    notes: list[str] = []
-    ended_at = -inf
+    done: list[_Start] = []
     for start, kept, following in zip(found, kept_steps(found), [*found[1:], None], strict=True):
-        spent = _Start(start, kept, typical)
+        spent = _Start(start, kept, typical, done[-1].time if done else -inf)
         if following is None:
             spent.close(status=status, alive=alive)
         else:
             spent.close_before(following)
-        queued = spent.queued_since(ended_at)
-        total[QUEUED] += queued
-        if summaries:
-            spent.note_clock(spent.begin - ended_at)
-            total[DOWN] += max(0.0, spent.begin - ended_at - queued)
-        for name, seconds in spent.categories.items():
-            total[name] += seconds
-        summaries.append(spent.summary(len(summaries) + 1))
-        notes += [f"start {len(summaries)}: {note}" for note in spent.notes]
-        ended_at = spent.time
-    return Goodput(total, summaries, tuple(notes))
+        done.append(spent)
+    total = {name: sum(spent.categories[name] for spent in done) for name in CATEGORIES}
+    notes = tuple(f"start {number}: {note}" for number, spent in enumerate(done, 1) for note in spent.notes)
+    return Goodput(total, [spent.summary(number) for number, spent in enumerate(done, 1)], notes)
 
 
 class _Start:
@@ -160,17 +150,17 @@ class _Start:
     Args:
         kept: last step that no later start repeated.
         typical: durations of steps of the whole run.
+        ended_at: end of the previous start; -infinity: there is none.
     """
 
-    def __init__(self, lines: Sequence[Line], kept: float, typical: Sequence[float]) -> None:
+    def __init__(self, lines: Sequence[Line], kept: float, typical: Sequence[float], ended_at: float) -> None:
         self._lines, self._kept = lines, kept
         self._head = lines[0] if lines[0]["kind"] == "start" else {}
         steps = _step_seconds(lines) or typical
         self._step_seconds = median(steps) if steps else None
-        self.begin = min(lines[0]["time"], self._head.get("started", lines[0]["time"] - _duration(lines[0])))
-        self.time = self.begin
         self.categories = dict.fromkeys(CATEGORIES, 0.0)
         self.notes: list[str] = []
+        self.time = self._begin(ended_at)
         self._open = 0.0
         self._stepped = False
         self._step = first_step(lines)
@@ -178,17 +168,26 @@ class _Start:
         self._ended = ""
         for line in lines:
             passed = line["time"] - self.time
-            self.note_clock(passed)
+            self._note_clock(passed)
             self._open += passed if passed >= 0 else _duration(line)
             self.time = line["time"]
             self._add(line)
 
-    def queued_since(self, ended_at: float) -> float:
-        """Return the seconds in the scheduler's queue, after the previous start had ended."""
+    def _begin(self, ended_at: float) -> float:
+        """Return the time at which the processes were started, and add the time before it."""
+        first = self._lines[0]
+        begin = self._head.get("started", first["time"] - _duration(first))
+        if ended_at - CLOCK_TOLERANCE <= begin < ended_at:
+            begin = ended_at
+        begin = min(begin, first["time"])
         queued = self._head.get("queued")
-        return 0.0 if queued is None else max(0.0, self.begin - max(queued, ended_at))
+        self.categories[QUEUED] = 0.0 if queued is None else max(0.0, begin - max(queued, ended_at))
+        if ended_at > -inf:
+            self._note_clock(begin - ended_at)
+            self.categories[DOWN] = max(0.0, begin - ended_at - self.categories[QUEUED])
+        return float(begin)
 
-    def note_clock(self, passed: float) -> None:
+    def _note_clock(self, passed: float) -> None:
         """Add a note if a time is clearly earlier than the time before it."""
         if passed < -CLOCK_TOLERANCE:
             self.notes.append(f"the clock went back by {-passed:,.0f} s; its durations are estimates")
@@ -274,7 +273,7 @@ class _Start:
             lost_steps=self._lost_steps,
             world=self._head.get("world"),
             ended=self._ended,
-            wall=sum(self.categories.values()),
+            wall=sum(seconds for name, seconds in self.categories.items() if name not in (DOWN, QUEUED)),
             training=self.categories[TRAINING],
         )
 

@@ -148,6 +148,18 @@ def test_a_clock_that_goes_back_is_noted_and_makes_no_time_negative() -> None:
     assert found.categories[categories.DOWN] == pytest.approx(30.0, abs=1e-3)  # the other 30 s are unknown
 
 
+def test_an_inexact_time_of_the_start_counts_no_second_twice() -> None:
+    """The kernel reports that the second start began 0.9 s before it did, when the first one was still running."""
+    history = simulate([StartPlan(steps=20, down=0.0)] * 2, total=40, log_every=5, save_every=10)
+    lines = [
+        line | {"started": line["started"] - 0.9} if number == 1 else line
+        for number, line in numbered_starts(history.lines)
+    ]
+    found = goodput(lines)
+    assert found.notes == ()
+    assert found.wall == pytest.approx(history.time - 1.8e9, abs=1e-4)
+
+
 def test_an_interrupted_evaluation_is_lost_work_but_loses_no_steps() -> None:
     history = simulate([StartPlan(steps=10, ended="evaluating")], total=20, log_every=5, save_every=5, eval_every=10)
     found = goodput(history.lines)
