@@ -30,6 +30,8 @@ class StartPlan:
     """Seconds before this start in the scheduler's queue."""
     unlogged: float = 0.0
     """Seconds of an incomplete step before it is killed. They count as start-up if no step has been logged."""
+    torn: bool = False
+    """Whether it is killed before its newest checkpoint is complete."""
     world: int = 1
 
 
@@ -69,6 +71,7 @@ class _Run:
         self.history = History()
         self.saved = 0
         """Step of the newest checkpoint."""
+        self._older = 0  # step of the checkpoint before it
         self._total, self._log_every, self._save_every, self._eval_every = total, log_every, save_every, eval_every
         self._pending = False  # whether the evaluation of that step has been interrupted
         self._before: dict[str, Any] = {}  # last sign of life of the previous start, if it was killed
@@ -97,6 +100,8 @@ class _Run:
             history.spend(categories.SAVING, EXPORT)
             history.write("end", end, seconds=1.0, best=None)
         elif plan.ended == "killed":
+            if plan.torn and self.saved > begin:
+                self.saved = self._older
             work.lose(self.saved)
             logged = any(line["kind"] == "train" for line in starts(history.lines)[-1])
             history.spend(categories.LOST if logged else categories.STARTUP, plan.unlogged)
@@ -124,7 +129,7 @@ class _Run:
                 work.evaluate(step)
             if saves:
                 work.save(step)
-                self.saved = step
+                self._older, self.saved = self.saved, step
 
 
 class _Work:

@@ -27,6 +27,7 @@ PLANS = st.builds(
     down=SECONDS,
     queue=SECONDS,
     unlogged=SECONDS,
+    torn=st.booleans(),
     world=st.integers(1, 8),
 )
 
@@ -80,20 +81,31 @@ def test_final_timeline_has_every_step_once(history: History) -> None:
     assert evaluated == sorted(set(evaluated))
 
 
+def test_final_timeline_has_the_last_evaluation_of_a_step() -> None:
+    """The start that evaluated step 10 first was killed before it saved the result."""
+    history = simulate([StartPlan(steps=10, ended="evaluating")], total=20, log_every=5, save_every=5, eval_every=10)
+    (number,) = (n for n, line in enumerate(history.lines) if line["kind"] == "eval" and line["step"] == 10)
+    first = history.lines[number] | {"top1": 0.25}
+    final = final_timeline([*history.lines[:number], first, *history.lines[number:]])
+    assert [(line["step"], line["top1"]) for line in final if line["kind"] == "eval"] == [(10, 0.5), (20, 0.5)]
+
+
 def test_metrics_without_lines_have_no_timeline() -> None:
     assert final_timeline([]) == starts([]) == []
 
 
+HEAD = {"kind": "start", "time": 1010.0, "started": 1005.0, "step": 0, "world": 1, "restore_seconds": 2.0}
+INTERVAL = {"kind": "train", "steps": 10, "seconds": 10.0, "data_wait": 0.5}
+
+
 def test_intervals_are_prorated_at_the_checkpoint_from_which_the_run_was_resumed() -> None:
     """A checkpoint was saved in the middle of an interval: 4 of its 10 steps were repeated."""
-    head = {"world": 1, "restore_seconds": 0.0}
-    interval = {"kind": "train", "steps": 10, "seconds": 10.0, "data_wait": 0.5}
-    lines: list[dict[str, Any]] = [
-        {"kind": "start", "time": 1000.0, "started": 1000.0, "step": 0, **head},
-        interval | {"time": 1010.0, "step": 10},
-        interval | {"time": 1020.0, "step": 20},
-        {"kind": "start", "time": 1020.0, "started": 1020.0, "step": 16, **head},
-        interval | {"time": 1030.0, "step": 26},
+    lines = [
+        HEAD,
+        INTERVAL | {"time": 1020.0, "step": 10},
+        INTERVAL | {"time": 1030.0, "step": 20},
+        HEAD | {"time": 1040.0, "started": 1030.0, "step": 16},
+        INTERVAL | {"time": 1050.0, "step": 26},
     ]
     found = goodput(lines)
     assert found.lost_steps == 4
@@ -115,6 +127,25 @@ def test_a_checkpoint_that_two_crashes_precede_counts_the_steps_of_both_as_lost(
 def numbered_starts(lines: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """Return (number of its start, line), and -1 for lines that are not the first of a start."""
     return [(number if line is start[0] else -1, line) for number, start in enumerate(starts(lines)) for line in start]
+
+
+def test_time_that_no_line_explains_is_other() -> None:
+    lines = [HEAD, INTERVAL | {"time": 1023.0, "step": 10}, INTERVAL | {"time": 1040.0, "step": 20}]
+    found = goodput(lines)
+    assert (
+        found.categories[categories.STARTUP] == 8.0
+    )  # nothing was restored, although looking for a checkpoint took 2 s
+    assert found.categories[categories.RESTORE] == 0.0
+    assert found.categories[categories.OTHER] == 7.0
+    assert found.wall == 35.0
+
+
+def test_the_queue_of_a_job_that_was_submitted_long_ago_begins_when_the_previous_start_ended() -> None:
+    again = {"time": 1055.0, "started": 1050.0, "queued": 900.0, "step": 10}
+    lines = [HEAD | {"queued": 1000.0}, INTERVAL | {"time": 1020.0, "step": 10}, HEAD | again]
+    found = goodput(lines)
+    assert (found.categories[categories.QUEUED], found.categories[categories.DOWN]) == (5.0 + 30.0, 0.0)
+    assert found.wall == 55.0
 
 
 def test_a_run_whose_start_lines_are_missing_is_still_divided_into_starts() -> None:
