@@ -22,6 +22,7 @@ class Line(BaseModel, strict=True):
     """Fields of every line."""
 
     kind: str
+    """What the line describes; see below."""
     time: UnixTime
     """Unix time at which the line was written, in seconds."""
     step: Count = 0
@@ -39,6 +40,7 @@ class Start(Line):
     engine: str
     """Data parallelism and precision."""
     variant: str
+    """FAT variant, such as b3."""
     device: str
     """Name of rank 0's device."""
     host: str
@@ -46,8 +48,11 @@ class Start(Line):
     total_steps: Count
     """Step at which the run ends."""
     steps_per_epoch: Count
+    """Number of optimizer steps per epoch."""
     epochs: Count
+    """Number of epochs of the whole run."""
     global_batch: Count
+    """Images per optimizer step, of all ranks."""
     started: UnixTime
     """Unix time at which rank 0's process was started."""
     restore_seconds: Seconds = 0.0
@@ -61,7 +66,7 @@ class Start(Line):
 
 
 class Resolved(Line, extra="allow"):
-    """Chosen values of the options that were not set."""
+    """Chosen values of the options that were not set: a field with the name of each option."""
 
     kind: Literal["resolved"]
 
@@ -111,9 +116,13 @@ class Evaluation(Line):
     epoch: Annotated[int, Field(ge=1)]
     """Epoch of the last optimizer step before the evaluation."""
     top1: Fraction
+    """Top-1 accuracy."""
     top5: Fraction
+    """Top-5 accuracy."""
     loss: Finite
+    """Mean loss."""
     samples: Count
+    """Number of images."""
     seconds: Seconds = 0.0
     """Duration of the evaluation."""
 
