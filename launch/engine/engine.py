@@ -21,7 +21,7 @@ from launch.engine.accelerate import wrap
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
-from launch.engine.loss import autocast, count_batches, soft_cross_entropy
+from launch.engine.loss import SampleResults, autocast, evaluate_batches, soft_cross_entropy
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, convert_sync_batchnorm
 from launch.engine.zero_state import OptimizerState
@@ -164,11 +164,14 @@ class Engine:
             norm.eval()
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], *, average: bool = False) -> dict[str, float]:
+    def evaluate(
+        self, batches: Iterable[Batch], *, average: bool = False, samples: SampleResults | None = None
+    ) -> dict[str, float]:
         """Return samples, top1, top5 (fractions) and loss over the batches of all ranks. Collective.
 
         Args:
             average: evaluate the EMA instead of the current weights.
+            samples: collects the predictions of this rank's samples.
         """
         self.average_statistics()
         self._wrapped.eval()
@@ -177,12 +180,14 @@ class Engine:
         forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._state.averaged() if average else contextlib.nullcontext(), fat.kernels.use(self.execution.kernels):
-            for _, counts in count_batches(forward, batches, device=self.world.device, precision=self.precision):
-                totals += counts.sum(dim=0)
+            for result in evaluate_batches(
+                forward, batches, device=self.world.device, precision=self.precision, samples=samples
+            ):
+                totals += result.counts.sum(dim=0)
         if self.world.size > 1:
             dist.all_reduce(totals)
-        samples, top1, top5, loss = totals.tolist()
-        return {"samples": int(samples), "top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples}
+        count, top1, top5, loss = totals.tolist()
+        return {"samples": int(count), "top1": top1 / count, "top5": top5 / count, "loss": loss / count}
 
     def average_statistics(self) -> None:
         """Average BatchNorm's running statistics over ranks (synchronized ones are equal already). Collective."""

@@ -86,14 +86,16 @@ def slow_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResu
     return original_step(engine, batches, step=step, lr=lr)
 
 
-def interrupted_evaluation(engine: Engine, batches: Any, *, average: bool = False) -> dict[str, float] | None:
+def interrupted_evaluation(
+    engine: Engine, batches: Any, *, average: bool = False, **options: Any
+) -> dict[str, float] | None:
     def batches_with_request() -> Any:
         for number, batch in enumerate(batches):
             if number == 5 and average == ("--ema" in sys.argv):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    return original_evaluate(engine, batches_with_request(), average=average)
+    return original_evaluate(engine, batches_with_request(), average=average, **options)
 
 
 def recorded_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
