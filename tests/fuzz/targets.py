@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -27,6 +28,7 @@ from launch.monitor.goodput import goodput
 from launch.resilience import heartbeat
 from launch.run.checkpoint import META, Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.evaluation_record import RECORD_NAME, EvaluationInfo, EvaluationRecord, read_evaluation
 from launch.run.metrics_file import METRICS_NAME, final_timeline, read_metrics
 from launch.run.progress import Progress
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
@@ -318,8 +320,8 @@ def _sealed_meta(document: Any) -> bytes:
     return dumps(values | {"hash": xxhash.xxh3_64_hexdigest(text.encode())})
 
 
-class TextTarget:
-    """A text file that is read by one function."""
+class FileTarget:
+    """A file that is read by one function."""
 
     def __init__(self, name: str, seed: Callable[[], bytes], read: Callable[[Path], object]) -> None:
         self._name, self._seed, self._read = name, seed, read
@@ -350,6 +352,18 @@ def _read_metrics(path: Path) -> None:
     final_timeline(lines)
     if lines:
         json.dumps(goodput(lines).to_dict(), allow_nan=False)
+
+
+def _evaluation() -> bytes:
+    rows = np.array([[0, 1, 1, 0.5, 0.6, 0.6], [1, 0, 1, 2.5, 0.1, 0.9], [2, 0, 0, 0.1, 0.9, 0.9]])
+    record = EvaluationRecord.of(rows, EvaluationInfo(step=7, weights="weights", outputs=2))
+    return dataclasses.replace(record, thumbnails={1: _jpeg()}).to_bytes()
+
+
+def _read_evaluation(path: Path) -> None:
+    record = read_evaluation(path.parent)
+    assert record is not None
+    _ = record.hardest
 
 
 def _saved_run() -> bytes:
@@ -425,7 +439,7 @@ TARGETS: tuple[Target, ...] = (
     _target("kaggle-solution", SourceTarget(_kaggle, "LOC_val_solution.csv")),
     _target("synset-mapping", SourceTarget(_kaggle, "LOC_synset_mapping.txt")),
     _target("parquet", SourceTarget(_parquet, "train-0.parquet")),
-    _target("class-list", TextTarget("classes.txt", lambda: b"ant An ant, Formica\nbee\tA bee\n", read_classes)),
+    _target("class-list", FileTarget("classes.txt", lambda: b"ant An ant, Formica\nbee\tA bee\n", read_classes)),
     _target("conversion-plan", WorkTarget(), dumps),
     Target(
         name="image",
@@ -434,12 +448,13 @@ TARGETS: tuple[Target, ...] = (
         errors=(Rejected,),
     ),
     _target("checkpoint", CheckpointTarget(), _sealed_meta),
-    _target("recipe-toml", TextTarget("r.toml", lambda: RECIPE, lambda path: apply_file(Recipe(), path))),
-    _target("recipe-json", TextTarget(RECIPE_NAME, _saved_run, lambda path: read_saved_run(path.parent)), dumps),
-    _target("metrics", TextTarget(METRICS_NAME, _metrics, _read_metrics), tolerant=True),
+    _target("recipe-toml", FileTarget("r.toml", lambda: RECIPE, lambda path: apply_file(Recipe(), path))),
+    _target("recipe-json", FileTarget(RECIPE_NAME, _saved_run, lambda path: read_saved_run(path.parent)), dumps),
+    _target("metrics", FileTarget(METRICS_NAME, _metrics, _read_metrics), tolerant=True),
+    _target("evaluation", FileTarget(RECORD_NAME, _evaluation, _read_evaluation)),
     _target(
         "status",
-        TextTarget(
+        FileTarget(
             STATUS_NAME, lambda: dumps({"status": "running", "step": 3, "reason": ""}), lambda p: read_status(p.parent)
         ),
         dumps,
@@ -447,7 +462,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     _target(
         "heartbeat",
-        TextTarget("rank-0", _beat, lambda path: heartbeat.read_beat(path, "0123456789abcdef")),
+        FileTarget("rank-0", _beat, lambda path: heartbeat.read_beat(path, "0123456789abcdef")),
         dumps,
         tolerant=True,
     ),
