@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,19 +34,24 @@ from launch.config.data import CropPct, DataConfig, ModelSide
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import kernels_from_environment, zero_and_precision
 from launch.engine.kernel_check import check_kernels
-from launch.engine.loss import count_batches
+from launch.engine.loss import MAX_TOP5, SampleResults, evaluate_batches
 from launch.engine.memory import check_device_memory
 from launch.evaluated_model import load_model
 from launch.machine.world import connect, run_command
+from launch.monitor.confusion import confusions
+from launch.run.evaluation_record import EvaluationInfo, EvaluationRecord
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
+from shards.errors import UserError
 from shards.files.output import check_output, write_output
+from shards.format.manifest_fields import ClassEntry
 from shards.option_help import default
 from shards.ranges import check_ranges
 from shards.redact import printable
 
-WORST_CLASSES = 5
+WORST_CLASSES = WORST_CONFUSIONS = 5  # rows that are printed
+MAX_CONFUSIONS = 1000  # pairs of classes in the JSON file
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,10 @@ class Evaluate:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 = autocast to bfloat16; fp32 = float32; auto = bf16 on GPUs, fp32 on CPUs."""
     json: Annotated[Path | None, default("not written")] = None
-    """JSON file to write, with the results in total and per class (by folder name)."""
+    """JSON file to write, with the results in total and per class (by folder name), and the most frequent
+    confusions."""
+    predictions: Annotated[Path | None, default("not written")] = None
+    """.safetensors file to write, with id, label, prediction, loss and probabilities of each sample."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -90,15 +99,21 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     """Run the evaluation. Collective.
 
     Returns:
-        On rank 0: samples, top1 and top5 (fractions), loss, and the same per class folder; None on other ranks.
+        On rank 0: samples, top1 and top5 (fractions), loss, the same per class folder, and confusions; None on other
+        ranks.
 
     Raises:
         UserError: model or data do not exist, or the data set has other classes than the model.
     """
     if command.json is not None:
         check_output(command.json, "--json")
+    if command.predictions is not None:
+        check_output(command.predictions, "--predictions", (".safetensors",))
     world = connect()
     dataset = data.open(local_ranks=world.local_size)
+    if command.split not in dataset.manifest.splits and "train" in dataset.manifest.splits:
+        known = ", ".join(sorted(dataset.manifest.splits))
+        raise UserError(f"{dataset.path}: no split '{command.split}' (it has: {known}); use --split train")
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
     found = load_model(command.model, average=command.average)
@@ -140,16 +155,48 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         options=LoaderOptions(decode_threads=world.cores),
     )
     outputs = None if mapped is None else torch.tensor(mapped, device=world.device)
+    collected = SampleResults()
+    counts = torch.zeros(len(entries), 4, dtype=torch.float64, device=world.device)
     with loader:
-        counted = count_batches(model, loader, device=world.device, precision=precision, outputs=outputs)
-        counts = torch.zeros(len(entries), 4, dtype=torch.float64, device=world.device)
-        for labels, rows in counted:
-            counts.index_add_(0, labels, rows)
+        for batch in evaluate_batches(
+            model, loader, device=world.device, precision=precision, outputs=outputs, samples=collected
+        ):
+            counts.index_add_(0, batch.labels, batch.counts)
     if world.size > 1:
         dist.all_reduce(counts)
-    if not world.is_main:
+    rows = collected.gather(world)
+    if rows is None:
         return None
+    info = EvaluationInfo(
+        step=found.step,
+        weights="average" if command.average else "weights",
+        outputs=collected.outputs,
+        split=command.split,
+    )
+    record = EvaluationRecord.of(rows, info)
+    if command.predictions is not None:
+        write_output(command.predictions, record.to_bytes(), "--predictions")
+    return {
+        "model": str(found.source),
+        "step": found.step,
+        "average": command.average,
+        "split": command.split,
+        "size": size,
+        "crop_pct": crop_pct,
+        "notes": notes,
+        **_figures(counts, record, entries),
+    }
+
+
+def _figures(counts: torch.Tensor, record: EvaluationRecord, entries: Sequence[ClassEntry]) -> dict[str, Any]:
+    """Return the results in total and per class, and the confusions.
+
+    Args:
+        counts: sums of `BatchResult.counts` per class, [classes, 4].
+    """
     seen, top1, top5, loss = counts.sum(dim=0).tolist()
+    # Outputs of the model without a class can be predicted, too.
+    folders = [entry.folder for entry in entries] + [f"output {i}" for i in range(len(entries), record.info.outputs)]
     by_folder = {
         entry.folder: {
             "name": entry.name,
@@ -159,37 +206,43 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         for entry, row in zip(entries, counts.tolist(), strict=True)
     }
     return {
-        "model": str(found.source),
-        "step": found.step,
-        "average": command.average,
-        "split": command.split,
-        "size": size,
-        "crop_pct": crop_pct,
-        "notes": notes,
         "samples": int(seen),
         "top1": top1 / seen,
         "top5": top5 / seen,
         "loss": loss / seen,
         "classes": by_folder,
+        "confusions": [
+            {"label": folders[pair.label], "prediction": folders[pair.prediction], "count": pair.count}
+            for pair in confusions(record.labels, record.predictions, MAX_CONFUSIONS)
+        ],
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the results and the classes with the lowest accuracy."""
+    """Print the results, the classes with the lowest accuracy and the most frequent confusions."""
     console = Console(highlight=False)
-    console.print(
-        f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f} "
-        f"over {result['samples']} images"
-    )
     classes = result["classes"]
-    worst = sorted((c["top1"], folder) for folder, c in classes.items() if c["samples"])[:WORST_CLASSES]
+    top5 = f", top-5 {result['top5']:.2%}" if len(classes) > MAX_TOP5 else ""
+    console.print(f"top-1 {result['top1']:.2%}{top5}, loss {result['loss']:.4f} over {result['samples']} images")
+    wrong = sorted((c["top1"], folder) for folder, c in classes.items() if c["samples"] and c["top1"] < 1)
+    worst = wrong[:WORST_CLASSES]
     named = any(classes[folder]["name"] for _, folder in worst)
     columns = ("class", "name", "top-1", "images") if named else ("class", "top-1", "images")
-    table = Table(*columns, title="hardest classes", title_justify="left")
+    hardest = Table(*columns, title="hardest classes", title_justify="left")
     for top1, folder in worst:
         name = [Text(printable(classes[folder]["name"] or ""))] if named else []
-        table.add_row(Text(printable(folder)), *name, f"{top1:.2%}", str(classes[folder]["samples"]))
-    console.print(table)
+        hardest.add_row(Text(printable(folder)), *name, f"{top1:.2%}", str(classes[folder]["samples"]))
+
+    def title(folder: str) -> Text:
+        name = classes[folder]["name"] if folder in classes else None
+        return Text(printable(f"{name} ({folder})" if name else folder))
+
+    pairs = Table("class", "predicted as", "images", title="most frequent confusions", title_justify="left")
+    for pair in result["confusions"][:WORST_CONFUSIONS]:
+        pairs.add_row(title(pair["label"]), title(pair["prediction"]), str(pair["count"]))
+    for table in (hardest, pairs):
+        if table.rows:
+            console.print(table)
 
 
 def main() -> int:

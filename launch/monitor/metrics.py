@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine, StepResult
+from launch.engine.loss import MAX_TOP5
 from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
 from launch.machine.provenance import device_name
@@ -49,6 +50,7 @@ class Metrics:
         restore_seconds: float = 0.0,
     ) -> None:
         self._world, self._plan, self._resumed = engine.world, feed.plan, progress
+        self._classes = feed.classes
         main = self._world.is_main
         self._log = MetricsLog(recipe.run.out if main else None)
         self._trackers = trackers
@@ -186,8 +188,9 @@ class Metrics:
         for weights, result in results.items():
             self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result)
             name = f", {WEIGHTS_NAMES[weights]}" if len(results) > 1 else ""
+            top5 = f", top-5 {result['top5']:.2%}" if self._classes > MAX_TOP5 else ""
             self.print(
-                f"epoch {epoch}{name}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
+                f"epoch {epoch}{name}: top-1 {result['top1']:.2%}{top5}, "
                 f"loss {result['loss']:.4f} over {result['samples']} images"
             )
         self._last = {weights: result["top1"] for weights, result in results.items()}

@@ -87,7 +87,8 @@ def test_dry_run_prints_brackets_literally(
 def test_class_names_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     odd = (MARKUP, "a\nb\x1b[31m")
     classes = {name: {"name": name[::-1], "top1": 0.5, "samples": 2} for name in odd}
-    show({"top1": 0.5, "top5": 1.0, "loss": 1.0, "samples": 4, "classes": classes})
+    pairs = [{"label": MARKUP, "prediction": "output 7", "count": 2}]
+    show({"top1": 0.5, "top5": 1.0, "loss": 1.0, "samples": 4, "classes": classes, "confusions": pairs})
     shown = capsys.readouterr().out
     for text in (MARKUP, MARKUP[::-1], r"a\nb\x1b[31m", r"m13[\x1bb\na"):
         assert text in shown

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import fat
 from launch.evaluate import main as evaluate
+from launch.evaluate import show
 from launch.monitor.curves import draw_curves
+from launch.run.evaluation_record import read_record
 from launch.train import main as train
 from shards.errors import UserError
-from tests.support.commands import SMALL, run
+from tests.support.commands import SMALL, run, run_pipeline
 from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
 
 
@@ -78,8 +81,9 @@ def test_evaluation_counts_every_image_once_and_by_class(
     tmp_path: Path, digits: Path, weights: Path, fused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "figures.json"
-    options = ("--size", "32", "--batch", "100", "--json", out, *(["--fuse"] if fused else []))
-    assert run(evaluate, weights, "--data", digits, *options) == 0
+    predictions = tmp_path / "predictions.safetensors"
+    options = ("--size", "32", "--batch", "100", "--json", out, "--predictions", predictions)
+    assert run(evaluate, weights, "--data", digits, *options, *(["--fuse"] if fused else [])) == 0
     result = json.loads(out.read_text())
     classes = result["classes"]
     assert result["samples"] == sum(entry["samples"] for entry in classes.values()) == 360
@@ -88,7 +92,41 @@ def test_evaluation_counts_every_image_once_and_by_class(
     assert result["top5"] == pytest.approx(
         sum(classes[n]["samples"] for n in ("3_three", "2_two", "1_one", "0_zero", "9_nine")) / 360
     )
-    assert "over 360 images" in capsys.readouterr().out
+    record = read_record(predictions)
+    assert record.ids.tolist() == list(range(360))
+    assert (record.labels == record.predictions).mean() == pytest.approx(result["top1"])
+    assert record.losses.mean() == pytest.approx(result["loss"], rel=1e-5)
+    pairs = [(pair["label"], pair["prediction"], pair["count"]) for pair in result["confusions"]]
+    assert sorted(pairs) == sorted((n, "3_three", entry["samples"]) for n, entry in classes.items() if n != "3_three")
+    shown = capsys.readouterr().out
+    assert "over 360 images" in shown
+    assert "hardest classes" in shown
+    assert "most frequent confusions" in shown
+
+
+def test_table_of_hardest_classes_has_no_class_without_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = {"ant": {"name": None, "top1": 1.0, "samples": 2}, "bee": {"name": None, "top1": 0.5, "samples": 2}}
+    pairs = [{"label": "bee", "prediction": "ant", "count": 1}]
+    show({"top1": 0.75, "top5": 1.0, "loss": 1.0, "samples": 4, "classes": classes, "confusions": pairs})
+    shown = capsys.readouterr().out
+    assert "ant" not in shown.partition("confusions")[0]
+    assert "bee" in shown.partition("confusions")[0]
+    assert "top-5" not in shown  # always 100 % with 2 classes
+    all_right = {"ant": classes["ant"]}
+    show({"top1": 1.0, "top5": 1.0, "loss": 1.0, "samples": 2, "classes": all_right, "confusions": []})
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_evaluation_of_a_set_without_a_validation_split_suggests_the_training_split(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / name / "x.png")
+    run_pipeline("shard", tmp_path / "images", "--out", tmp_path / "set")
+    capsys.readouterr()
+    assert run(evaluate, weights, "--data", tmp_path / "set") == 2
+    assert "no split 'val' (it has: train); use --split train" in capsys.readouterr().err
 
 
 def test_evaluation_of_the_first_images(tmp_path: Path, digits: Path, weights: Path) -> None:
