@@ -27,12 +27,14 @@ from launch.dry_run import show_run
 from launch.engine.engine import Engine
 from launch.engine.execution import kernels_from_environment
 from launch.engine.kernel_check import check_training_kernels
+from launch.engine.loss import SampleResults
 from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World, connect, run_command
 from launch.monitor.curves import draw_curves
 from launch.monitor.metrics import Metrics
+from launch.monitor.pictures import save_evaluation, save_first_batch
 from launch.monitor.trackers import Trackers, start_trackers
 from launch.prepare import prepare_run
 from launch.resilience.guards import Guards
@@ -40,9 +42,10 @@ from launch.resilience.preempt import Preemption, StopRequested, deadline
 from launch.resilience.preflight import preflight
 from launch.resilience.watchdog import Watchdog
 from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.evaluation_record import EvaluationInfo
 from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
-from launch.run.progress import WEIGHTS_KINDS, Progress
+from launch.run.progress import WEIGHTS_KINDS, Progress, best_weights
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from shards.errors import UserError, first_line, open_files_error
 from shards.redact import printable
@@ -91,13 +94,19 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
             return saved
 
         def evaluate() -> Progress:
-            results = {}
+            results, samples = {}, {}
             for kind in WEIGHTS_KINDS if recipe.optim.ema else WEIGHTS_KINDS[:1]:
                 started = time.monotonic()
                 batches = watchdog.beat_on_each(preemption.until_stop(val_loader or ()))
-                found = engine.evaluate(batches, average=kind == "average")
+                samples[kind] = SampleResults()
+                found = engine.evaluate(batches, average=kind == "average", samples=samples[kind])
                 results[kind] = found | {"seconds": round(time.monotonic() - started, 3)}
-            return state.evaluated(metrics.log_evaluation(state.step, results))
+            top1 = metrics.log_evaluation(state.step, results)
+            better = best_weights(top1)
+            info = EvaluationInfo(step=state.step, weights=better, outputs=samples[better].outputs)
+            last = state.step == feed.last_step
+            metrics.print(*save_evaluation(folder.path, feed, samples[better], info, last=last))
+            return state.evaluated(top1)
 
         try:
             if state.pending_evaluation and val_loader is not None:
@@ -108,6 +117,8 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
                     log()
                     state = save()
                 batches = metrics.next_batches(train_loader, feed.shape.accumulation)
+                if state.step == 0 and world.is_main:
+                    metrics.print(*save_first_batch(folder.path, feed, batches[0]))
                 result = engine.step(batches, step=state.step, lr=lr(state.step))
                 guards.note(state.step, result, batches)
                 metrics.add_step(state.step, lr(state.step), result)

@@ -27,6 +27,7 @@ from launch.machine.world import broadcast_from_rank0
 from launch.run.checkpoint import Checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.checkpoint_writer import MAX_FAILURES, BackgroundWriter
+from launch.run.evaluation_record import RECORD_NAME
 from launch.run.files import check_writable, unwritable
 from launch.run.fingerprint import check_classes, check_fingerprint, check_position, fingerprint
 from launch.run.metrics_file import METRICS_NAME, check_metrics
@@ -43,7 +44,10 @@ CHECKPOINTS = "checkpoints"
 RESUME_HINT = "correct this, then start the run again: it resumes"
 
 # Names of files whose temporary copies are removed at the start, because a killed process may have left them.
-_WRITTEN = r"probe|recipe\.json|classes\.json|status|curves\.png|weights(-ema)?\.safetensors"
+_WRITTEN = (
+    r"probe|recipe\.json|classes\.json|status|curves\.png|(weights(-ema)?|evaluation)\.safetensors"
+    r"|(first-batch|hardest)\.jpg"
+)
 
 
 class RunFolder:
@@ -119,12 +123,15 @@ class RunFolder:
         return found, messages
 
     def _archive(self) -> Path | None:
-        """Move checkpoints and metrics to checkpoints-before-N; return that folder, or None if no checkpoint exists."""
+        """Move checkpoints, metrics and the last evaluation to checkpoints-before-N; return that folder.
+
+        None if no checkpoint exists.
+        """
         archive = self._checkpoints.archive()
-        metrics = self.path / METRICS_NAME
         try:
-            if archive is not None and metrics.exists():
-                metrics.rename(archive / METRICS_NAME)
+            for name in (METRICS_NAME, RECORD_NAME):
+                if archive is not None and (self.path / name).exists():
+                    (self.path / name).rename(archive / name)
         except OSError as error:
             raise unwritable(self.path, error) from error
         return archive

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
@@ -49,8 +48,14 @@ class Progress:
         return replace(self, step=step, epoch=position.epoch, epoch_step=position.step, is_best=False)
 
     def evaluated(self, top1: Mapping[WeightsKind, float]) -> Progress:
-        """Return the progress after an evaluation at this step. With equal accuracies, the weights count as best."""
-        best_of, best = max(top1.items(), key=itemgetter(1))
+        """Return the progress after an evaluation at this step."""
+        best_of = best_weights(top1)
+        best = top1[best_of]
         if best <= self.best:
             return replace(self, is_best=False, pending_evaluation=False)
         return replace(self, best=best, best_of=best_of, is_best=True, pending_evaluation=False)
+
+
+def best_weights(top1: Mapping[WeightsKind, float]) -> WeightsKind:
+    """Return which weights have the higher top-1 accuracy. With equal accuracies, the weights count as best."""
+    return max(WEIGHTS_KINDS, key=lambda kind: top1.get(kind, -1.0))

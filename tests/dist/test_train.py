@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch.run.evaluation_record import read_evaluation
+from shards.format.dataset import ShardSet
 from tests.dist.trainings import Trainer
 from tests.support.launching import accelerate, lines
 
@@ -101,3 +103,24 @@ def test_a_world_size_that_does_not_divide_the_batch_fails_with_status_2(tmp_pat
     assert f"error: {fact}; the nearest world sizes that do: 2 and 4" in done.stderr
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_record_of_an_evaluation_has_every_image_once(
+    train: Trainer, tmp_path: Path, digits: Path, ranks: int
+) -> None:
+    """With batches of 7 of the 360 images, so that the last batch of a rank has padding rows."""
+    options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / "run", "--stop-after", "2", "--eval-batch", "7")
+    done = train(*options, "--ema", "0.5", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    evaluations = {kind: lines(tmp_path / "run", kind)[-1] for kind in ("eval", "eval-ema")}
+    better = max(evaluations, key=lambda kind: evaluations[kind]["top1"])  # the weights, if both are equal
+    record = read_evaluation(tmp_path / "run")
+    assert record is not None
+    assert (record.step, record.weights) == (2, {"eval": "weights", "eval-ema": "average"}[better])
+    assert record.ids.tolist() == list(range(360))
+    assert record.labels.tolist() == ShardSet(digits).index("val")["label"].tolist()
+    assert (record.labels == record.predictions).sum() / 360 == evaluations[better]["top1"]
+    assert record.losses.mean() == pytest.approx(evaluations[better]["loss"], rel=1e-5)
+    assert len(record.thumbnails) == len(record.hardest) == 24
+    assert all((tmp_path / "run" / name).exists() for name in ("first-batch.jpg", "hardest.jpg"))

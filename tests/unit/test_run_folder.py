@@ -103,16 +103,16 @@ def test_damaged_checkpoints_are_archived_if_none_is_undamaged(folders: Folders)
     for path in checkpoints.iterdir():
         (path / "meta.json").unlink()
     (checkpoints.parent / "metrics.jsonl").write_text("{}\n")
+    (checkpoints.parent / "evaluation.safetensors").touch()
     progress, messages = folders().resume()
     assert progress.step == 0
     assert "all checkpoints are damaged, so the run starts from the beginning" in messages[2]
     aside = checkpoints.with_name("checkpoints-before-1")
-    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000014", "step-00000021"]
+    moved = sorted(path.name for path in aside.iterdir())
+    assert moved == ["evaluation.safetensors", "metrics.jsonl", "step-00000014", "step-00000021"]
 
 
-def test_unreadable_checkpoints_end_the_start(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_checkpoints_end_the_start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = start(folders, 14, 21)
 
     def failing(path: Path, *_: object, **__: object) -> bytes:
@@ -284,7 +284,10 @@ def test_failed_plot_does_not_fail_the_run(folders: Folders) -> None:
 
 def test_temporary_files_of_killed_starts_are_removed(folders: Folders) -> None:
     path = start(folders, 14).parent
-    written = ("recipe.json", "curves.png", "status", "weights.safetensors", "weights-ema.safetensors", "probe")
+    written = (
+        "recipe.json", "curves.png", "status", "weights.safetensors", "weights-ema.safetensors", "probe",
+        "evaluation.safetensors", "hardest.jpg", "first-batch.jpg",
+    )  # fmt: skip
     temporary = [temporary_name(path / name).name for name in written]
     others = [".weights.safetensors.mine.tmp", "recipe.json.0123abcd0123abcd.tmp", ".notes.0123abcd0123abcd.tmp"]
     for name in (*temporary, *others):
