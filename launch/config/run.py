@@ -81,6 +81,9 @@ class LogConfig:
     log_every: Annotated[int, Interval(ge=1, le=100_000)] = 10
     """Optimizer steps between two log lines. Losses stay on the device until then, so that steps need not wait for the
     GPU."""
+    verbose: bool = False
+    """Print internals too: the chosen value of every option that was not set (metrics.jsonl always has them), and on
+    CPUs the utilization of the arithmetic units (MFU)."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl. wandb logs to the project $WANDB_PROJECT (default:
     fat-pipeline); WANDB_MODE=offline logs without a server."""

@@ -1,58 +1,135 @@
-"""Show the progress of training on the terminal of rank 0."""
+"""Show the progress of a run on standard error of rank 0: a live view on a terminal, otherwise lines with the time.
+
+It is created before the large libraries are imported, so that the first line appears at once: this file imports only
+the standard library and, on a terminal, rich.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
+from launch.monitor.view import View
 from shards.redact import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+REFRESH_PER_SECOND = 4
+EVALUATION_LINE_SECONDS = 30.0  # between lines about the progress of an evaluation, without a terminal
 
 
 class Display:
-    """Shows progress on stderr of rank 0: a progress bar on a terminal, otherwise a line per interval."""
+    """Progress and messages of one rank; all ranks other than 0 show nothing.
 
-    def __init__(self, *, enabled: bool, total_steps: int, done: int) -> None:
-        self._enabled = enabled
-        self._total = total_steps
-        self.console = Console(file=sys.stderr, quiet=not enabled, highlight=False)
-        self._bar: Bar | None = None
-        if enabled and self.console.is_terminal:
-            self._bar = Bar(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=done)
-            self._bar.start()
+    Args:
+        enabled: whether anything is shown.
+        file: where to write. None: standard error.
+    """
+
+    def __init__(self, *, enabled: bool, file: TextIO | None = None) -> None:
+        self._enabled, self._file = enabled, file
+        self._terminal = enabled and (file or sys.stderr).isatty()
+        self._console: Console | None = None
+        self._live: Live | None = None
+        self._lock = threading.RLock()
+        self.view = View()
+
+    @property
+    def console(self) -> Console:
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console(file=self._file or sys.stderr, highlight=False)
+        return self._console
+
+    def phase(self, text: str) -> None:
+        """Say what is being done before training, such as "reading the index"."""
+        if not self._enabled:
+            return
+        if self._terminal:
+            from rich.spinner import Spinner
+
+            self._show(Spinner("dots", printable(text)))
+        else:
+            self.print(text)
+
+    def start(self, view: View) -> None:
+        """Begin to show the live view, in place of the phases."""
+        self.view = view
+        if self._terminal:
+            self._show(view)
+
+    def _show(self, shown: object) -> None:
+        from rich.live import Live
+
+        with self._lock:
+            if self._live is None:
+                self._live = Live(
+                    shown,  # type: ignore[arg-type]
+                    console=self.console,
+                    refresh_per_second=REFRESH_PER_SECOND,
+                    transient=True,
+                    vertical_overflow="crop",
+                )
+                self._live.start()
+            else:
+                self._live.update(shown, refresh=True)  # type: ignore[arg-type]
 
     def print(self, text: str) -> None:
-        """Print a line (above the progress bar)."""
-        self.console.print(printable(text), markup=False, soft_wrap=True)
-
-    def update(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def show_interval(self, step: int, epoch: int, lr: float, values: dict[str, Any]) -> None:
-        loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
-        text = (
-            f"epoch {epoch} loss {loss:.3f} lr {lr:.2e} norm {norm:.2f} "
-            f"{values['images_per_second']:.0f} img/s, MFU {values.get('mfu', 0):.1%}, "
-            f"waiting for data {values['data_wait']:.1%}"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+        """Print a line with the time, above the live view if there is one."""
+        if not self._enabled:
+            return
+        line = printable(text)
+        if self._terminal:
+            self.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False)
         else:
-            self.print(f"step {step}/{self._total} {text}")
+            print(f"{time.strftime('%F %T')} {line}", file=self._file or sys.stderr, flush=True)
+
+    def show_interval(self) -> None:
+        """Show the numbers of a new interval, which the caller has stored in `view`."""
+        if not self._terminal:
+            self.print(self.view.line())
+
+    @contextmanager
+    def evaluating(self, what: str, images: int) -> Iterator[EvaluationProgress]:
+        """Show the progress of an evaluation of `images` images; yield its counter."""
+        progress = EvaluationProgress(self, what, images)
+        try:
+            yield progress
+        finally:
+            self.view.phase = ""
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Remove the live view."""
+        with self._lock:
+            live, self._live = self._live, None
+            if live is not None:
+                live.stop()
+
+
+DISPLAY = Display(enabled=os.environ.get("RANK", "0") == "0")
+"""The display of this process."""
+
+
+class EvaluationProgress:
+    """Counter of the images that have been evaluated."""
+
+    def __init__(self, display: Display, what: str, images: int) -> None:
+        self._display, self._what, self._images = display, what, images
+        self._done, self._logged = 0, time.monotonic()
+        self.advance(0)
+
+    def advance(self, images: int) -> None:
+        self._done = min(self._done + images, self._images)
+        text = f"evaluating the {self._what}: {self._done:,} of {self._images:,} images"
+        self._display.view.phase = text
+        if not self._display._terminal and time.monotonic() - self._logged >= EVALUATION_LINE_SECONDS:
+            self._logged = time.monotonic()
+            self._display.print(text)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -22,9 +24,11 @@ from launch.machine.device_peaks import synchronize
 from launch.machine.provenance import device_name
 from launch.monitor.display import Display
 from launch.monitor.trackers import Trackers
+from launch.monitor.view import GAP, View
 from launch.roofline import Roofline
 from launch.run.metrics_file import MetricsLog
 from launch.run.progress import Progress, WeightsKind
+from launch.run.status import StatusContent
 from pipeline.batch import Batch
 from pipeline.data_wait import DataWait
 
@@ -32,11 +36,39 @@ from pipeline.data_wait import DataWait
 EVALUATION_KINDS: dict[WeightsKind, str] = {"weights": "eval", "average": "eval-ema"}
 WEIGHTS_NAMES: dict[WeightsKind, str] = {"weights": "weights", "average": "moving average"}
 
+_NULLABLE = ("loss", "best")  # fields that are written even if they are None
+
+
+@dataclass(frozen=True)
+class StartInfo:
+    """What happened before the training loop of this start."""
+
+    previous: StatusContent | None = None
+    """Status that the previous start left; None: there is none."""
+    restore_seconds: float = 0.0
+    """Time to load the checkpoint."""
+    queued: float | None = None
+    """Unix time since which the scheduler's job waited for this start; None: unknown."""
+
+    def fields(self) -> dict[str, float | None]:
+        """Return the fields of the "start" line."""
+        died = self.previous if self.previous is not None and self.previous.interrupted else None
+        return {
+            "started": round(psutil.Process().create_time(), 3),
+            "restore_seconds": round(self.restore_seconds, 3),
+            "queued": self.queued,
+            "previous_alive": None if died is None else died.time or None,
+            "previous_step": None if died is None else died.at_step,
+        }
+
 
 class Metrics:
     """Collects and logs the metrics of training intervals and evaluations, and measures the time of training.
 
-    It is a context manager, which closes the log and the progress bar on exit.
+    It is a context manager, which closes the log and the display on exit.
+
+    Args:
+        display: shows progress and messages. None: a new one.
     """
 
     def __init__(
@@ -47,17 +79,22 @@ class Metrics:
         progress: Progress,
         trackers: Trackers | None = None,
         *,
-        restore_seconds: float = 0.0,
+        display: Display | None = None,
+        start: StartInfo | None = None,
     ) -> None:
         self._world, self._plan, self._resumed = engine.world, feed.plan, progress
-        self._classes = feed.classes
+        self._recipe, self._feed = recipe, feed
         main = self._world.is_main
         self._log = MetricsLog(recipe.run.out if main else None)
         self._trackers = trackers
         if trackers is not None:
             trackers.open(recipe.run.out)
-        self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
-        self._roofline = Roofline.of(feed, engine) if main else None
+        self._display = display or Display(enabled=main)
+        self._verbose = recipe.log.verbose
+        # A shared CPU's peak arithmetic throughput is not known well enough for a meaningful utilization.
+        measures_utilization = main and (self._world.device.type == "cuda" or self._verbose)
+        self._roofline = Roofline.of(feed, engine) if measures_utilization else None
+        self._hosts = self._world.gather(self._world.host)
         self._write(
             "start",
             step=progress.step,
@@ -70,15 +107,35 @@ class Metrics:
             steps_per_epoch=self._plan.steps_per_epoch,
             epochs=recipe.optim.epochs,
             global_batch=self._plan.global_batch,
-            started=round(psutil.Process().create_time(), 3),
-            restore_seconds=round(restore_seconds, 3),
+            **(start or StartInfo()).fields(),
         )
         self._clock = time.perf_counter()
         self._first_step_seconds: float | None = None
         self._stepped = False
         self._rate, self._wait = 0.0, DataWait(self._world.device)
         self._last: dict[WeightsKind, float] = {}  # top-1 accuracies of the last evaluation
+        self.saved_at: Callable[[], float | None] = lambda: None
+        """Returns the time of the newest checkpoint by `time.monotonic`."""
+        self.step = progress.step
+        """Optimizer steps done."""
+        self.view = View(
+            title=f"{recipe.run.out.resolve().name}{GAP}fat_{recipe.model.variant} on {self._devices}",
+            step=progress.step,
+            first_step=progress.step,
+            total_steps=feed.last_step,
+            epochs=recipe.optim.epochs,
+            steps_per_epoch=self._plan.steps_per_epoch,
+            seconds=progress.seconds,
+            best_accuracy=_best(progress),
+        )
         self.restart_interval()
+
+    @property
+    def _devices(self) -> str:
+        size, gpus = self._world.size, self._world.device.type == "cuda"
+        if size == 1:
+            return "one GPU" if gpus else "CPUs"
+        return f"{size} GPUs" if gpus else f"CPUs, {size} processes"
 
     def __enter__(self) -> Metrics:
         return self
@@ -91,6 +148,7 @@ class Metrics:
         self._display.close()
 
     def _write(self, kind: str, **values: Any) -> None:
+        values = {name: value for name, value in values.items() if value is not None or name in _NULLABLE}
         self._log.write(kind, **values)
         self.print(*self._log.messages())
         if self._trackers is not None:
@@ -121,11 +179,12 @@ class Metrics:
         self._wait.mark_step_end()
         self._step, self._rate = step, rate
         self._results.append(result)
+        self.step = self.view.step = step + 1
         if not self._stepped:  # the first step includes compilation, and is measured once per start
             self._stepped = True
             synchronize(self._world.device)
             self._first_step_seconds = round(time.perf_counter() - self._interval_started, 4)
-        self._display.update(step + 1)
+            self.view.phase = ""
 
     def log_interval(self, *, skipped: int, replaced: int) -> None:
         """Write a line about the steps since the last interval. Collective; waits for the device.
@@ -140,10 +199,13 @@ class Metrics:
         finite = losses.isfinite()
         sums = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum(), losses.new_tensor(replaced)]).float()
         if self._world.size > 1:
+            waits = sums.new_zeros(self._world.size)
+            waits[self._world.rank] = self._wait.seconds()
+            sums = torch.cat([sums, waits])
             dist.all_reduce(sums)
         norms = torch.stack([result.grad_norm for result in self._results]).tolist()
         norms = [norm for norm in norms if math.isfinite(norm)]
-        loss, count, replaced_by_all = sums.tolist()
+        loss, count, replaced_by_all, *waits_of_ranks = sums.tolist()
         seconds = time.perf_counter() - self._interval_started
         rate = len(self._results) * self._plan.global_batch / seconds
         device = self._world.device
@@ -156,6 +218,7 @@ class Metrics:
             "images_per_second": round(rate, 1),
             **self._utilization(rate / self._world.size),
             "data_wait": min(1.0, round(self._wait.seconds() / seconds, 4)),
+            "slowest": self._longest_wait(waits_of_ranks, seconds),
             # Reserved, not allocated memory: the pool of CUDA graphs does not count as allocated between captures.
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,
@@ -164,8 +227,17 @@ class Metrics:
         self._first_step_seconds = None
         epoch = self._plan.at(self._step).epoch + 1
         self._write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
-        self._display.show_interval(self._step + 1, epoch, self._rate, values)
+        self.view.update({"lr": self._rate, **values}, self._plan.global_batch)
+        self.view.checkpoint_at = self.saved_at()
+        self._display.show_interval()
         self.restart_interval()
+
+    def _longest_wait(self, seconds: list[float], interval: float) -> str | None:
+        """Return the rank that waited longest for data, with its host; None for a single rank."""
+        if not seconds:
+            return None
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        return f"rank {rank} on {self._hosts[rank]} ({seconds[rank] / interval:.1%})"
 
     def _utilization(self, rate: float) -> dict[str, float]:
         """Return the utilization of a device at `rate` images per second, on rank 0."""
@@ -180,25 +252,49 @@ class Metrics:
             resolved: the values of these options, by name.
         """
         self._write("resolved", step=self._resumed.step, **resolved)
-        self.print(*messages, "; ".join(f"{name}: {value}" for name, value in resolved.items()))
+        self.print(*messages)
+        if self._verbose:
+            self.print("; ".join(f"{name}: {value}" for name, value in resolved.items()))
+        self.view.phase = "first step"
+        self.view.started = time.monotonic()
+        self._display.start(self.view)
 
     def log_evaluation(self, step: int, results: Mapping[WeightsKind, dict[str, float]]) -> dict[WeightsKind, float]:
         """Write a line about each evaluation, with its duration in `seconds`; return the top-1 accuracies."""
         epoch = self._plan.at(step - 1).epoch + 1
         for weights, result in results.items():
-            self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result)
+            seconds = round(result.get("seconds", 0.0), 3)
+            self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result | {"seconds": seconds})
             name = f", {WEIGHTS_NAMES[weights]}" if len(results) > 1 else ""
-            top5 = f", top-5 {result['top5']:.2%}" if self._classes > MAX_TOP5 else ""
+            top5 = f", top-5 {result['top5']:.2%}" if self._feed.classes > MAX_TOP5 else ""
             self.print(
                 f"epoch {epoch}{name}: top-1 {result['top1']:.2%}{top5}, "
                 f"loss {result['loss']:.4f} over {result['samples']} images"
             )
         self._last = {weights: result["top1"] for weights, result in results.items()}
+        self.view.last_accuracy = "last top-1 " + ", EMA ".join(f"{top1:.2%}" for top1 in self._last.values())
+        every = self._recipe.run.eval_every * self._plan.steps_per_epoch
+        self.view.evaluation_seconds = sum(result.get("seconds", 0.0) for result in results.values()) / every
         return self._last
 
-    def log_checkpoint(self, step: int, seconds: float) -> None:
-        """Write a line about a checkpoint for which training was blocked for `seconds`."""
-        self._write("checkpoint", step=step, seconds=round(seconds, 4))
+    def show_best(self, progress: Progress) -> None:
+        """Show the best accuracy so far."""
+        self.view.best_accuracy = _best(progress)
+
+    def evaluation(self, batches: Iterable[Batch], weights: WeightsKind) -> Iterator[Batch]:
+        """Yield the batches of an evaluation, and show how many of its images are done."""
+        split = self._feed.dataset.split("val")
+        with self._display.evaluating(WEIGHTS_NAMES[weights], split.samples) as progress:
+            for batch in batches:
+                yield batch
+                progress.advance(len(batch.ids) * self._world.size)
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Measure how long a checkpoint blocks training, and write a line about it."""
+        started = time.perf_counter()
+        yield
+        self._write("checkpoint", step=step, seconds=round(time.perf_counter() - started, 4))
 
     def log_stop(self, step: int, reason: str) -> None:
         """Write a line about the end of this start, whose run is resumed later."""
@@ -222,3 +318,10 @@ class Metrics:
                 f"{WEIGHTS_NAMES[weights]} {top1:.2%}" for weights, top1 in self._last.items()
             )
         self.print(text)
+
+
+def _best(progress: Progress) -> str:
+    """Describe the best accuracy; empty if nothing has been evaluated yet."""
+    if not progress.best_of:
+        return ""
+    return f"best {progress.best:.2%}" + (" (EMA)" if progress.best_of == "average" else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,13 +33,20 @@ class BackgroundWriter:
         """Number of consecutive failed saves, up to the last save."""
         self.saved: Progress | None = None
         """Progress in the last checkpoint that was written; None: no checkpoint has been written yet."""
+        self.saved_at: float | None = None
+        """Time of the last checkpoint that was written, by `time.monotonic`."""
         self.reason = ""
         """Error message of the last failed save."""
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> None:
         """Start to write a checkpoint after the previous save. `state` must not change before `wait` has returned."""
         self.wait()
-        self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint), progress
+        self._pending = self._pool.submit(self._save, state, progress, fingerprint), progress
+
+    def _save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> Path:
+        path = self._folder.save(state, progress, fingerprint)
+        self.saved_at = time.monotonic()
+        return path
 
     def wait(self) -> bool:
         """Wait for the current save; return whether the last save succeeded."""

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ from launch.run.fingerprint import check_classes, check_fingerprint, check_posit
 from launch.run.metrics_file import METRICS_NAME, check_metrics
 from launch.run.progress import Progress
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
-from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, read_content, write_status
+from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, StatusRenewal, read_content, write_status
 from shards.errors import UserError, first_line
 from shards.files.durable import durable_write, is_temporary
 from shards.redact import printable, redacted
@@ -95,10 +96,11 @@ class RunFolder:
             self._resumed = found.progress
         if world.is_main:
             self._write_description()
+        epochs = self._recipe.optim.epochs
         messages.append(
-            f"fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, {self._engine.description}; "
-            f"{plan.samples} images of {self._feed.dataset.path}, {plan.steps_per_epoch} steps of {plan.global_batch} "
-            f"per epoch, {plan.lanes} lanes"
+            f"training fat_{self._recipe.model.variant} on {world.size} x {world.device.type}: {plan.samples:,} images "
+            f"of {self._feed.dataset.path}, {epochs} epoch{'s' if epochs > 1 else ''} of {plan.steps_per_epoch:,} "
+            f"steps, {plan.global_batch:,} images per step"
         )
         messages.append(f"resuming from {found.path}" if found else f"starting in {self.path}")
         return self._resumed, messages
@@ -222,6 +224,27 @@ class RunFolder:
         self._write_status("running")
         return self
 
+    def renew_status(self, steps: Callable[[], int]) -> AbstractContextManager[object]:
+        """Return a context in which RUN/status is renewed, with the time and the optimizer steps done.
+
+        Args:
+            steps: returns the optimizer steps done.
+        """
+        if not self._engine.world.is_main:
+            return nullcontext()
+        return StatusRenewal(self.path, lambda: self._write_status("running", at_step=steps()))
+
+    @property
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint; None: there is none."""
+        saved = self._writer.saved or self._resumed
+        return saved.step or None
+
+    @property
+    def saved_at(self) -> float | None:
+        """Time of the newest checkpoint of this start by `time.monotonic`; None: none has been written."""
+        return self._writer.saved_at
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -244,12 +267,14 @@ class RunFolder:
         elif found.step is None:  # another rank has written why the run failed, but not the checkpoint's step
             self._write_status(found.status, found.reason, found.nodes or ())
 
-    def _write_status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:
+    def _write_status(
+        self, status: Status, reason: str = "", nodes: Sequence[str] = (), at_step: int | None = None
+    ) -> bool:
         if not self._engine.world.is_main:
             return True
         saved = self._writer.saved or self._resumed
         best = (saved.best, saved.best_of) if saved.best_of else None
-        return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best)
+        return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best, at_step=at_step)
 
     def _write_description(self) -> None:
         """Write recipe.json and classes.json."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +20,7 @@ from launch.run.progress import Fraction, WeightsKind
 from shards.errors import UserError
 from shards.files.durable import temporary_name
 from shards.redact import redact
-from shards.schema import Count, parse_json
+from shards.schema import Count, Finite, parse_json
 
 STATUS_NAME = "status"
 Status = Literal["running", "preempted", "stalled", "finished", "failed", "refused"]
@@ -26,6 +29,11 @@ with which another start would fail too. `launch/slurm/train.sbatch` restarts a 
 number of times one that is stalled, failed or running (it was killed)."""
 
 EXIT_STATUS = 75  # exit status of a preempted run: EX_TEMPFAIL of sysexits.h, "try again later"
+
+RENEW_SECONDS = 10.0
+"""Interval at which a running run renews RUN/status. Content that is a minute older belongs to a run that has died."""
+BEFORE_NAME = "status-before"
+"""Name to which `launch/slurm/train.sbatch` renames the status of the previous start."""
 
 _LIMIT = 1 << 20
 
@@ -44,10 +52,23 @@ class RunFailed(UserError):
 class StatusContent:
     status: Status
     step: Count | None
+    """Step of the newest checkpoint; None: not known yet."""
     reason: str
+    time: Finite = 0.0
+    """Unix time of this content. While a run is running, it is renewed every `RENEW_SECONDS`."""
+    at_step: Count | None = None
+    """Optimizer steps done at `time`; None: not known."""
+    host: str | None = None
+    """Host and process of rank 0, while it is running."""
+    pid: Count | None = None
     nodes: list[str] | None = None
     best: Fraction | None = None
     best_of: WeightsKind | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the start that wrote this ended without saving: it was killed, it hung, or it failed."""
+        return self.status not in ("finished", "preempted", "refused")
 
 
 _SCHEMA = TypeAdapter(StatusContent)
@@ -61,6 +82,7 @@ def write_status(
     reason: str = "",
     nodes: Sequence[str] = (),
     best: tuple[float, str] | None = None,
+    at_step: int | None = None,
 ) -> bool:
     """Replace RUN/status, if the run folder exists.
 
@@ -68,12 +90,17 @@ def write_status(
         step: step of the newest checkpoint; None: not known yet.
         nodes: hosts that the next start should not use.
         best: best top-1 accuracy so far (fraction), and which weights reached it ("weights" or "average").
+        at_step: optimizer steps done.
 
     Returns:
         Whether the file was written. No error is raised, so that the error that ends the run (such as a full disk) is
         shown.
     """
-    content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason)}
+    content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason), "time": round(time.time(), 3)}
+    if at_step is not None:
+        content["at_step"] = at_step
+    if status == "running":
+        content |= {"host": socket.gethostname(), "pid": os.getpid()}
     if best is not None:
         content["best"], content["best_of"] = best
     if nodes:
@@ -109,15 +136,51 @@ def _overwrite(path: Path, text: bytes) -> bool:
     return True
 
 
+class StatusRenewal:
+    """Renews RUN/status in a background thread while the run is running. A context manager.
+
+    A thread, because shared storage may hang. It writes nothing after another status than "running" has been written,
+    for example by the watchdog of another rank.
+
+    Args:
+        renew: writes the status "running" with the current step.
+    """
+
+    def __init__(self, run: Path, renew: Callable[[], object], *, interval: float = RENEW_SECONDS) -> None:
+        self._run, self._renew, self._interval = run, renew, interval
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="status", daemon=True)
+
+    def __enter__(self) -> StatusRenewal:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join(timeout=self._interval)  # not for ever: the storage may hang
+
+    def _loop(self) -> None:
+        while not self._ends.wait(self._interval):
+            if read_status(self._run) not in ("running", None):
+                return
+            if not self._ends.is_set():
+                self._renew()
+
+
+def read_previous(run: Path) -> StatusContent | None:
+    """Return the status that the previous start left; None if there is none."""
+    return read_content(run) or read_content(run, BEFORE_NAME)
+
+
 def read_status(run: Path) -> Status | None:
     """Return the status in RUN/status; None if the file is missing or invalid."""
     content = read_content(run)
     return None if content is None else content.status
 
 
-def read_content(run: Path) -> StatusContent | None:
+def read_content(run: Path, name: str = STATUS_NAME) -> StatusContent | None:
     """Return the content of RUN/status; None if the file is missing or invalid."""
     try:
-        return parse_json(read_regular(run / STATUS_NAME, limit=_LIMIT), _SCHEMA, limit=_LIMIT)
+        return parse_json(read_regular(run / name, limit=_LIMIT), _SCHEMA, limit=_LIMIT)
     except (OSError, ValueError):
         return None

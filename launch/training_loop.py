@@ -1,0 +1,128 @@
+"""The training loop of `launch/train.py`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from launch.engine.engine import Engine
+from launch.engine.loss import SampleResults
+from launch.engine.schedule import lr_schedule
+from launch.feed import Feed
+from launch.monitor.metrics import Metrics
+from launch.monitor.pictures import save_evaluation, save_first_batch
+from launch.resilience.guards import Guards
+from launch.resilience.preempt import Preemption, StopRequested
+from launch.resilience.watchdog import Watchdog
+from launch.run.evaluation_record import EvaluationInfo
+from launch.run.folder import RunFolder
+from launch.run.progress import WEIGHTS_KINDS, Progress, WeightsKind, best_weights
+from pipeline.loader import EvalLoader, TrainLoader
+
+
+@dataclass
+class TrainingLoop:
+    """The training loop: steps, evaluations and checkpoints until the last step."""
+
+    feed: Feed
+    engine: Engine
+    folder: RunFolder
+    metrics: Metrics
+    preemption: Preemption
+    watchdog: Watchdog
+    train_loader: TrainLoader
+    val_loader: EvalLoader | None
+    state: Progress
+
+    def __post_init__(self) -> None:
+        self.recipe, plan = self.feed.recipe, self.feed.plan
+        self.guards = Guards(self.engine, self.recipe.watchdog)
+        self.lr = lr_schedule(self.recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+
+    def run(self) -> None:
+        """Train until the last step. Collective.
+
+        Raises:
+            Preempted: the run was asked to stop, and has been saved.
+        """
+        try:
+            if self.state.pending_evaluation and self.val_loader is not None:
+                self.evaluate()
+                self.save()
+            while self.state.step < self.feed.last_step:
+                if self.preemption.save_requested():
+                    self.log()
+                    self.save()
+                self.step()
+                self.after_step()
+        except StopRequested as request:
+            self.log()
+            self.metrics.log_stop(self.state.step, str(request))
+            self.folder.save_and_stop(replace(self.state, seconds=self.metrics.seconds), str(request))
+
+    def step(self) -> None:
+        """Do one optimizer step. Does not wait for the device."""
+        step = self.state.step
+        batches = self.metrics.next_batches(self.train_loader, self.feed.shape.accumulation)
+        if step == 0 and self.engine.world.is_main:
+            self.metrics.print(*save_first_batch(self.folder.path, self.feed, batches[0]))
+        result = self.engine.step(batches, step=step, lr=self.lr(step))
+        self.guards.note(step, result, batches)
+        self.metrics.add_step(step, self.lr(step), result)
+        self.state = self.state.after(step + 1, self.feed.plan.at(step + 1))
+        self.watchdog.beat(step + 1)
+
+    def after_step(self) -> None:
+        """Log, evaluate and save, as far as each is due after this step."""
+        state, run = self.state, self.recipe.run
+        last = state.step == self.feed.last_step
+        ends_epoch = state.epoch_step == 0 and due(state.epoch, run.eval_every)
+        saves = last or ends_epoch or due(state.step, self.recipe.checkpoint.save_every)
+        if saves or due(state.step, self.recipe.log.log_every):
+            self.log()
+        if (last or ends_epoch) and self.val_loader is not None:
+            self.state = replace(state, pending_evaluation=True)
+            self.evaluate()
+        if saves:
+            self.save()
+            self.metrics.restart_interval()
+
+    def log(self) -> None:
+        """Check and log the steps since the last call. Waits for the device."""
+        self.metrics.print(*(f"warning: {fact}" for fact in (*self.guards.check(), *self.folder.save_errors())))
+        self.metrics.log_interval(skipped=self.guards.skipped, replaced=self.train_loader.bad_samples)
+
+    def save(self) -> None:
+        """Start to write a checkpoint."""
+        with self.metrics.saving(self.state.step):
+            self.state = self.folder.save(replace(self.state, seconds=self.metrics.seconds))
+
+    def evaluate(self) -> None:
+        """Evaluate the weights, and their EMA if there is one."""
+        results: dict[WeightsKind, dict[str, float]] = {}
+        samples: dict[WeightsKind, SampleResults] = {}
+        for kind in WEIGHTS_KINDS if self.recipe.optim.ema else WEIGHTS_KINDS[:1]:
+            started = time.perf_counter()
+            batches = self.metrics.evaluation(self.val_loader or (), kind)
+            batches = self.watchdog.beat_on_each(self.preemption.until_stop(batches))
+            samples[kind] = SampleResults()
+            found = self.engine.evaluate(batches, average=kind == "average", samples=samples[kind])
+            results[kind] = found | {"seconds": time.perf_counter() - started}
+        best = best_weights({kind: result["top1"] for kind, result in results.items()})
+        started = time.perf_counter()
+        messages = self._save_evaluation(samples[best], best)
+        results[best]["seconds"] += time.perf_counter() - started
+        self.state = self.state.evaluated(self.metrics.log_evaluation(self.state.step, results))
+        self.metrics.show_best(self.state)
+        self.metrics.print(*messages)
+
+    def _save_evaluation(self, samples: SampleResults, kind: WeightsKind) -> list[str]:
+        """Write the record of an evaluation to the run folder; return messages. Collective."""
+        info = EvaluationInfo(step=self.state.step, weights=kind, outputs=samples.outputs)
+        last = self.state.step == self.feed.last_step
+        return save_evaluation(self.folder.path, self.feed, samples, info, last=last)
+
+
+def due(count: int, every: int | None) -> bool:
+    """Return whether an action that is done every `every` steps (None: never) is due after step `count`."""
+    return every is not None and count % every == 0
