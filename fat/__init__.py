@@ -3,6 +3,19 @@
 Importing it requires only torch. After `fat.register_with_timm()`, `timm.create_model("fat_b0")` works too.
 """
 
+import os
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Python is about to run a command of this package, as in `python -m fat.account.table`. Importing torch takes
+    # seconds, in which Ctrl-C would print a long traceback.
+    def _exit(number: int, frame: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, _exit)
+
 from fat.account.cost import Cost, count
 from fat.config import FATConfig
 from fat.export import export_onnx, export_program

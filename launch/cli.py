@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from shards.interrupt import exit_on_interrupt, interruptible
+
+if Path(sys.argv[0]).name == "pipeline" or __name__ == "__main__":
+    exit_on_interrupt()  # during imports; the installed script imports this file
+
 import tyro
 from annotated_types import Interval
 from tyro.conf import subcommand
@@ -165,6 +170,28 @@ class Goodput:
         return 0
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train on the GPUs of this machine: start a process of launch/train.py for each.
+
+    The options of the training follow after `--`; 'pipeline train -- --help' lists them. Example:
+    pipeline train --processes 8 -- --variant b3 --data SET
+    """
+
+    processes: Annotated[
+        Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU, 1 on a machine without GPUs")
+    ] = None
+    """Number of processes. Use 'python -m launch.submit' for several machines."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    def run(self, training: Sequence[str] = ()) -> int:
+        from launch.start_processes import start_training
+
+        return start_training(self.processes, training)
+
+
 def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe of training options on a shard set; a recipe file cannot select another set.
 
@@ -189,6 +216,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "verify": Verify,
     "info": Info,
     "look": Look,
+    "train": Train,
     "bench": Bench,
     "tune": Tune,
     "goodput": Goodput,
@@ -196,38 +224,47 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _check_train_options(args: Sequence[str]) -> None:
+    """Reject training options that do not follow after `--`, with a hint."""
+    own = ("--processes", "-h", "--help")
+    for arg in args:
+        if arg.startswith("-") and arg.partition("=")[0] not in own:
+            raise UserError(f"{arg}: options of the training follow after --, as in: pipeline train -- {arg} ...")
+
+
 def _print(line: str) -> None:
     print(printable(line))
 
 
-DESCRIPTION = "Create, verify, view and measure shard sets for training vision backbones."
-INTERRUPTED = 130  # exit status that shells report for a process ended by Ctrl-C
+DESCRIPTION = "Create, verify, view and measure shard sets for training vision backbones, and train on them."
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return the exit status: 0 done, 1 failed, 2 invalid input."""
+    """Run one subcommand; return the exit status: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
+    return interruptible(lambda: _run(list(sys.argv[1:] if args is None else args)))
+
+
+def _run(args: list[str]) -> int:
     protect_output()
     limit_openmp()
     raise_limit()
-    args = list(sys.argv[1:] if args is None else args)
     end = args.index("--") if "--" in args else len(args)
     args, training = args[:end], args[end + 1 :]
     try:
+        if args[:1] == ["train"]:
+            _check_train_options(args[1:])
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
         )
-        if isinstance(command, Bench | Tune):
+        if isinstance(command, Bench | Train | Tune):
             return command.run(training)
         if training:
             raise UserError(
-                f"-- {' '.join(training)}: only 'bench' and 'tune' accept training options after --; omit them"
+                f"-- {' '.join(training)}: only 'train', 'bench' and 'tune' accept training options after --; omit them"
             )
         return int(command.run())
     except UserError as error:
         return report(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:  # the program that reads the output has exited, as in `pipeline info SET | head`
         sys.stderr.close()
         return 1

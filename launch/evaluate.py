@@ -19,6 +19,13 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.machine.simple_launcher import LAUNCHER
+from shards.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    LAUNCHER.attach()
+    exit_on_interrupt(LAUNCHER.exit)  # during imports, which take seconds, and during the evaluation
+
 import torch
 import torch.distributed as dist
 import tyro
@@ -259,7 +266,7 @@ def main() -> int:
                 write_output(command.json, (json.dumps(result, indent=1) + "\n").encode(), "--json")
         return 0
 
-    return run_command(run)
+    return LAUNCHER.run(lambda: run_command(run))
 
 
 if __name__ == "__main__":

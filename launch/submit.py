@@ -13,6 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shards.interrupt import exit_on_interrupt, interruptible
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # during imports
+
 import tyro
 
 from launch.config.command_line import parse
@@ -22,8 +27,6 @@ from launch.slurm.script import render
 from shards.errors import UserError, report
 from shards.files.durable import durable_write
 from shards.redact import printable, protect_output, redact
-
-INTERRUPTED = 130  # exit status that shells report for a process ended by Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -44,9 +47,6 @@ def main(args: Sequence[str] | None = None) -> int:
         number = submit(path)
     except UserError as error:
         return report(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
     print(f"submitted job {number}: {printable(path)}")
     print(f"log:               {printable(path.parent / f'job-{number}.out')}")
     print(f"save and requeue:  scancel --signal=USR2 --batch {number}")
@@ -100,4 +100,4 @@ def submit(script: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

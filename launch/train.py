@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +16,20 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.machine.simple_launcher import LAUNCHER
 from launch.machine.standard_streams import ignore_failing_output, open_missing_streams
+from shards.interrupt import exit_on_interrupt
 
 if __name__ == "__main__":
     open_missing_streams()  # before libraries open files, which would get the descriptors of closed streams
+    LAUNCHER.attach()
 
 from launch.monitor.display import DISPLAY
 
-if __name__ == "__main__" and not {"-h", "--help"} & set(sys.argv):
-    DISPLAY.phase("loading PyTorch")  # the imports below take seconds
+if __name__ == "__main__":
+    exit_on_interrupt(LAUNCHER.exit)  # while libraries are imported, which takes seconds
+    if not {"-h", "--help"} & set(sys.argv):
+        DISPLAY.phase("loading PyTorch")
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
@@ -34,6 +39,7 @@ from launch.engine.execution import kernels_from_environment
 from launch.engine.kernel_check import check_training_kernels
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
+from launch.machine.rank_errors import follows_rank0
 from launch.machine.world import World, broadcast_from_rank0, connect, run_command
 from launch.monitor.curves import draw_curves
 from launch.monitor.metrics import Metrics, StartInfo
@@ -41,22 +47,24 @@ from launch.monitor.trackers import Trackers, start_trackers
 from launch.prepare import prepare_run
 from launch.resilience.preempt import Preemption, deadline
 from launch.resilience.preflight import preflight
+from launch.resilience.stop_signals import Phase, StopSignals, Unsaved
 from launch.resilience.watchdog import Watchdog
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
 from launch.run.progress import Progress
-from launch.run.status import EXIT_STATUS, Preempted, StatusContent, read_previous, read_status, write_status
+from launch.run.status import EXIT_STATUS, Preempted, Status, StatusContent, read_previous, read_status, write_status
 from launch.training_loop import TrainingLoop
 from shards.errors import UserError, first_line, open_files_error
 from shards.redact import printable
 
 
-def train(recipe: Recipe, world: World, lock: FolderLock, previous: StatusContent | None = None) -> None:
+def train(recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, previous: StatusContent | None = None) -> None:
     """Train a recipe's model, then write the last checkpoint, the weights and the curves. Collective.
 
     Args:
         lock: lock of the run folder; acquired here if the folder did not exist before.
+        signals: signals of this process, which stop the training or save a checkpoint.
         previous: status that the previous start left.
 
     Raises:
@@ -79,7 +87,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock, previous: StatusConten
     with (
         folder,
         Metrics(recipe, feed, engine, state, trackers, display=DISPLAY, start=start) as metrics,
-        Preemption(folder.path, world, deadline=stop_at) as preemption,
+        Preemption(folder.path, world, deadline=stop_at, signals=signals) as preemption,
         Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
         folder.renew_status(lambda: metrics.step),
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
@@ -89,7 +97,9 @@ def train(recipe: Recipe, world: World, lock: FolderLock, previous: StatusConten
         resolved |= train_loader.resolved
         metrics.log_start(*resume_messages, *messages, *engine.notes, *feed.advice(), resolved=resolved)
         loop = TrainingLoop(feed, engine, folder, metrics, preemption, watchdog, train_loader, val_loader, state)
+        signals.say, signals.unsaved = metrics.print, lambda: Unsaved(loop.state.step, folder.newest_step)
         loop.run()
+        signals.phase = Phase.FINISHING
         metrics.print(*folder.finish(loop.state))
         metrics.finish(loop.state)
         if world.is_main:
@@ -152,60 +162,75 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
 def main() -> int:
     """Run the command line; return the exit status: 0 done, 1 failed, 2 invalid input, 75 preempted and saved."""
     ignore_failing_output()
-    try:
-        with closing(DISPLAY):
-            return run_command(kernels_from_environment()(lambda: run_recipe(parse())))
-    except KeyboardInterrupt:  # the training loop handles Ctrl-C itself
-        print("interrupted before training started; nothing is lost", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+    with StopSignals() as signals:
+        command = kernels_from_environment()(lambda: parse_and_run(signals))
+        return LAUNCHER.run(lambda: run_command(command, ended=lambda: signals.stop == "SIGTERM"))
 
 
-def run_recipe(recipe: Recipe) -> int:
+def parse_and_run(signals: StopSignals) -> int:
+    """Parse the command line and run its recipe; return the exit status."""
+    with contextlib.closing(DISPLAY):
+        return run_recipe(parse_once(), signals)
+
+
+def parse_once() -> Recipe:
+    """Parse the command line; only rank 0 prints help and errors in the usage."""
+    with contextlib.ExitStack() as silence:
+        if follows_rank0():
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        return parse()
+
+
+def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
     """Start or resume the run of a recipe; return the exit status."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         # `--resume never` excludes only checkpoints from before the job was submitted: a requeued job resumes its own.
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
-    lock = FolderLock(recipe.run.out, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
-    with lock, failure_in_status(recipe.run.out, lock):
+    run = recipe.run.out
+    lock = FolderLock(run, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
+    with lock, end_in_status(run, lock, signals):
         world = connect(numa_binding=recipe.parallel.numa_binding)
         if recipe.run.dry_run:
             show_run(recipe, world)
             return 0
-        DISPLAY.phase(f"waiting for the lock of {recipe.run.out}")
+        DISPLAY.phase(f"waiting for the lock of {run}")
         lock.acquire(world, create=False)  # no folder is created before the input has been validated
-        previous = broadcast_from_rank0(lambda: read_previous(recipe.run.out), world)
+        previous = broadcast_from_rank0(lambda: read_previous(run), world)
         if world.is_main:
-            write_status(recipe.run.out, "running")  # replaces the status of an earlier start
+            write_status(run, "running")  # replaces the status of an earlier start
         warnings = preflight(recipe, world)
-        if warnings and world.is_main:
-            print(*map(printable, warnings), sep="\n", file=sys.stderr, flush=True)
+        for warning in warnings:
+            DISPLAY.print(warning)
         try:
-            train(recipe, world, lock, previous)
+            train(recipe, world, lock, signals, previous)
         except Preempted as reason:
-            print(
-                f"saved and stopping: {printable(reason)}; run the same command again to resume",
-                file=sys.stderr,
-                flush=True,
-            )
+            DISPLAY.print(f"saved and stopping: {reason}; run the same command again to resume")
             return EXIT_STATUS
         return 0
 
 
-@contextmanager
-def failure_in_status(run: Path, lock: FolderLock) -> Iterator[None]:
-    """Write to RUN/status why the start failed, unless `RunFolder` has already written the reason."""
-    try:
-        yield
-    except Exception as error:
+@contextlib.contextmanager
+def end_in_status(run: Path, lock: FolderLock, signals: StopSignals) -> Iterator[None]:
+    """Write to RUN/status why the start failed or was stopped, unless `RunFolder` has already written the reason."""
+
+    def write(status: Status, step: int | None, reason: str) -> None:
         if lock.acquired and read_status(run) == "running":
             # The status includes the step, because it may replace one in which rank 0 has just written the step.
-            step = CheckpointFolder(run / CHECKPOINTS).newest_step()
-            known = error if isinstance(error, UserError) else open_files_error(error)
-            invalid_input = known is not None and known.exit_code == UserError.exit_code
-            reason = str(known) if known else f"{type(error).__name__}: {error}"
-            write_status(run, "refused" if invalid_input else "failed", step=step, reason=reason)
+            step = CheckpointFolder(run / CHECKPOINTS).newest_step() if step is None else step
+            write_status(run, status, step=step, reason=reason)
+
+    signals.write_status = write
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        known = error if isinstance(error, UserError) else open_files_error(error)
+        invalid_input = known is not None and known.exit_code == UserError.exit_code
+        write("refused" if invalid_input else "failed", None, str(known or f"{type(error).__name__}: {error}"))
         raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    exit_on_interrupt(LAUNCHER.exit, status=exit_status)  # the end of the interpreter may take seconds, too
+    sys.exit(exit_status)

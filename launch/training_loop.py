@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from launch.engine.engine import Engine
 from launch.engine.loss import SampleResults
@@ -13,10 +14,12 @@ from launch.monitor.metrics import Metrics
 from launch.monitor.pictures import save_evaluation, save_first_batch
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested
+from launch.resilience.stop_signals import Phase
 from launch.resilience.watchdog import Watchdog
 from launch.run.evaluation_record import EvaluationInfo
 from launch.run.folder import RunFolder
 from launch.run.progress import WEIGHTS_KINDS, Progress, WeightsKind, best_weights
+from launch.run.status import Preempted
 from pipeline.loader import EvalLoader, TrainLoader
 
 
@@ -45,6 +48,7 @@ class TrainingLoop:
         Raises:
             Preempted: the run was asked to stop, and has been saved.
         """
+        signals = self.preemption.signals
         try:
             if self.state.pending_evaluation and self.val_loader is not None:
                 self.evaluate()
@@ -57,8 +61,10 @@ class TrainingLoop:
                 self.after_step()
         except StopRequested as request:
             self.log()
-            self.metrics.log_stop(self.state.step, str(request))
-            self.folder.save_and_stop(replace(self.state, seconds=self.metrics.seconds), str(request))
+            self._save_and_stop(str(request))
+        except BaseException:
+            signals.phase = Phase.ENDING
+            raise
 
     def step(self) -> None:
         """Do one optimizer step. Does not wait for the device."""
@@ -94,8 +100,16 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Start to write a checkpoint."""
-        with self.metrics.saving(self.state.step):
+        with self.preemption.signals.during(Phase.SAVING), self.metrics.saving(self.state.step):
             self.state = self.folder.save(replace(self.state, seconds=self.metrics.seconds))
+
+    def _save_and_stop(self, reason: str) -> NoReturn:
+        self.preemption.signals.phase = Phase.SAVING
+        try:
+            self.folder.save_and_stop(replace(self.state, seconds=self.metrics.seconds), reason)
+        except Preempted:
+            self.metrics.log_stop(self.state.step, reason)  # after the save, whose time is that of a checkpoint
+            raise
 
     def evaluate(self) -> None:
         """Evaluate the weights, and their EMA if there is one."""

@@ -12,14 +12,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from launch.machine import affinity, network
+from launch.machine import affinity, network, rank_errors
 from launch.machine.accelerate_settings import override_accelerate
 from launch.machine.launcher_check import check_launcher
 from shards.cores import cores
-from shards.errors import UserError, open_files_error, report
+from shards.errors import UserError, open_files_error
 from shards.files.temporary import prepare_caches
 from shards.open_files import raise_limit
-from shards.redact import printable, protect_output, redacted_traceback
+from shards.redact import printable, protect_output
 
 T = TypeVar("T")
 
@@ -114,27 +114,37 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], *, ended: Callable[[], bool] = lambda: False) -> int:
     """Run one rank's command and return its exit status; errors in the input are reported in one line.
+
+    Args:
+        ended: returns whether the launcher has already asked this rank to end, for a command that handles SIGTERM.
 
     A rank that fails while others continue must call `os._exit`: destroying the NCCL group waits for the other ranks,
     which wait for this rank, and the launcher, which would end them, waits for this process to exit.
     """
     protect_output()
     raise_limit()
-    rank, status = os.environ.get("RANK", "0"), 1
-    prefix = "" if rank == "0" else f"rank {rank}: "
+    status = 1
     try:
         status = command()
         disconnect()
-        return status
+    except SystemExit as end:  # wrong usage, or --help
+        if end.code and rank_errors.follows_rank0():
+            rank_errors.wait_for_end()
+        raise
     except UserError as error:
-        status = report(error, prefix=prefix)
+        status = error.exit_code
+        rank_errors.report_user_error(error)
     except Exception as error:
         if (explained := open_files_error(error)) is not None:
-            report(explained, prefix=prefix)
+            rank_errors.report_user_error(explained)
         else:
-            print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
+            rank_errors.report_unexpected(error, ended)
+    else:
+        if status and rank_errors.follows_rank0():
+            rank_errors.wait_for_end()  # so that the launcher does not end rank 0 before it has ended in order
+        return status
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,24 +1,21 @@
 """Preemption: turn signals, files in the run folder and a deadline into one decision of all ranks at a step boundary.
 
-Signal handlers only set flags. All ranks exchange their flags once per step on a separate gloo group, and use the
-result one step later, so that neither a GPU nor a rank waits for the exchange. A request to one rank thus takes effect
-on all ranks after the same step.
+Signals only set flags (`launch.resilience.stop_signals`). All ranks exchange their flags once per step on a separate
+gloo group, and use the result one step later, so that neither a GPU nor a rank waits for the exchange. A request to one
+rank thus takes effect on all ranks after the same step.
 
-    SIGTERM, SIGINT, SIGUSR2, RUN/PREEMPT, deadline    save a checkpoint and exit with `EXIT_STATUS`
-    SIGUSR1, RUN/SAVE                                  save a checkpoint and continue
-    SIGTERM, SIGINT or SIGUSR2 again, seconds later    exit at once, without saving
+    SIGTERM, SIGINT, SIGUSR2, SIGHUP, RUN/PREEMPT, deadline    save a checkpoint and exit with `EXIT_STATUS`
+    SIGUSR1, RUN/SAVE                                          save a checkpoint and continue
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -26,15 +23,11 @@ import torch.distributed as dist
 
 from launch.config.resilience import PreemptConfig
 from launch.machine.world import World
+from launch.resilience.stop_signals import Phase, StopSignals
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-SAVE = (signal.SIGUSR1,)
-# One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher forwards the signal too.
-SAME_REQUEST_SECONDS = 5.0
 
 
 class Request(IntEnum):
@@ -55,15 +48,13 @@ class Preemption:
     Args:
         run: run folder, in which the request files are created.
         deadline: `time.monotonic()` at which the run should stop; None: no deadline.
+        signals: the process's signals; None: signals are not received.
     """
 
-    def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
+    def __init__(self, run: Path, world: World, *, deadline: float | None, signals: StopSignals | None = None) -> None:
         self._run, self._world, self._deadline = run, world, deadline
-        # Signal handlers may set both flags at any time: `_stop` is never cleared, and `_save` only when it is read.
+        self.signals = signals or StopSignals()
         self._stop = False
-        self._save = False
-        self._stop_requested_at = 0.0
-        self._old: dict[int, Any] = {}
         self._ignored: set[str] = set()
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
@@ -71,13 +62,11 @@ class Preemption:
         self._reason = ""  # signal, file or deadline that asked this rank to stop or save
 
     def __enter__(self) -> Preemption:
-        for number in (*STOP, *SAVE):
-            self._old[number] = signal.signal(number, self._handle)
+        self.signals.phase = Phase.TRAINING
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        self.signals.phase = Phase.ENDING
 
     def save_requested(self) -> bool:
         """Return whether all ranks must write a checkpoint now. Collective.
@@ -104,13 +93,16 @@ class Preemption:
         Raises:
             StopRequested: on all ranks, after the same item.
         """
-        for item in items:
-            yield item
-            self.save_requested()  # a request to save needs no action: a checkpoint follows every evaluation
+        with self.signals.during(Phase.EVALUATING):
+            for item in items:
+                yield item
+                self.save_requested()  # a request to save needs no action: a checkpoint follows every evaluation
 
     def _local_request(self) -> Request:
         """Return what this rank has been requested to do since the last call."""
-        save, self._save = self._save, False
+        save, self.signals.save = self.signals.save, False
+        if self.signals.stop and not self._stop:
+            self._stop, self._reason = True, self.signals.stop
         if self._world.is_main:  # only rank 0 checks the request files and the deadline
             save |= self._consume("SAVE")
             if self._consume("PREEMPT"):
@@ -141,16 +133,6 @@ class Preemption:
             return False
         self._reason = f"the file {name}"
         return True
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number in SAVE:
-            self._save = True
-            return
-        now = time.monotonic()
-        if not self._stop:
-            self._stop, self._stop_requested_at, self._reason = True, now, signal.Signals(number).name
-        elif now - self._stop_requested_at > SAME_REQUEST_SECONDS:
-            os._exit(128 + number)
 
 
 def deadline(config: PreemptConfig, *, started: float, job_end: str) -> float | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import os
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from launch.machine.network import START_TIMEOUT, shorten_timeouts
+from launch.machine.simple_launcher import LAUNCHER
 from launch.machine.world import World
 from launch.resilience.heartbeat import FOLDER, Heartbeat, new_start
 from launch.resilience.rank_status import describe_failure, failing_hosts
@@ -178,7 +178,7 @@ class Watchdog:
             if self._heartbeat is not None:
                 self._heartbeat.close()
         finally:
-            os._exit(EXIT_STATUS)
+            LAUNCHER.exit(EXIT_STATUS)
 
     def _report(self, steps: int) -> None:
         """Write this rank's stack traces, request those of all ranks, and name the ranks at fault in RUN/status."""
@@ -212,7 +212,7 @@ def is_observer(rank: int, ranks: int) -> bool:
     return ranks <= OBSERVERS or rank in {number * ranks // OBSERVERS for number in range(OBSERVERS)}
 
 
-def finishes(task: Callable[[], None], seconds: float) -> bool:
+def finishes(task: Callable[[], object], seconds: float) -> bool:
     """Run `task` in a thread, and return whether it ended within `seconds`. A hanging thread is abandoned."""
     thread = threading.Thread(target=task, name="watchdog-task", daemon=True)
     try:

@@ -1,7 +1,7 @@
 """The lock of a run folder, RUN/.lock, which rank 0 holds during the run, so that only one trainer uses the folder.
 
-Two trainers would overwrite each other's checkpoints. They are easily started by accident: `accelerate launch` with one
-process does not forward signals, so that the trainer continues when its launcher is killed.
+Two trainers would overwrite each other's checkpoints. They are easily started by accident: a trainer that is asked to
+stop still saves for a while, and so does one whose launcher is killed.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
 """A training run with an injected fault.
 
-    inject_fault.py nan|drift|disk|slow|stop|record|stall [options of launch/train.py]
+inject_fault.py nan|drift|disk|slow|blocked|start|stop|record|stall [options of launch/train.py]
 
-    nan       the images of steps 3, 6, 7 and 8 contain a NaN
-    drift     the weights of rank 1 are changed after step 3
-    disk      no large file can be written during steps 4 and 5
-    slow      every step after the first takes a minute
-    stop      the run is preempted in the middle of its first evaluation (of the EMA weights if there are any)
-    record    no fault: every rank writes the ids and image hashes of its batches to RUN/fed-RANK.jsonl
-    stall     no training: print how long a save blocks the caller
+nan       the images of steps 3, 6, 7 and 8 contain a NaN
+drift     the weights of rank 1 are changed after step 3
+disk      no large file can be written during steps 4 and 5
+slow      every step after the first takes a minute
+blocked   every step after the first blocks in a C library, until the file RUN/unblock exists
+start     SIGTERM arrives while the model is built
+stop      the run is preempted in the middle of its first evaluation (of the EMA weights if there are any)
+record    no fault: every rank writes the ids and image hashes of its batches to RUN/fed-RANK.jsonl
+stall     no training: print how long a save blocks the caller
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,6 +24,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,11 +37,13 @@ import launch.train
 from launch.config.command_line import parse
 from launch.engine.build import build_model
 from launch.engine.engine import Engine, StepResult
+from launch.machine.simple_launcher import LAUNCHER
 from launch.machine.world import connect
 from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.progress import Progress
+from tests.support.waiting import wait_until
 
 BAD_STEPS = {2, 5, 6, 7}
 original_step = Engine.step
@@ -86,6 +92,20 @@ def slow_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResu
     return original_step(engine, batches, step=step, lr=lr)
 
 
+def blocked_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    if step:
+        library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(mutex)
+
+        def unlock() -> None:
+            wait_until((parse(sys.argv[1:]).run.out / "unblock").exists)
+            library.pthread_mutex_unlock(mutex)
+
+        threading.Thread(target=unlock, daemon=True).start()
+        library.pthread_mutex_lock(mutex)  # not interrupted by signals, and Python does not run meanwhile
+    return original_step(engine, batches, step=step, lr=lr)
+
+
 def interrupted_evaluation(
     engine: Engine, batches: Any, *, average: bool = False, **options: Any
 ) -> dict[str, float] | None:
@@ -96,6 +116,11 @@ def interrupted_evaluation(
             yield batch
 
     return original_evaluate(engine, batches_with_request(), average=average, **options)
+
+
+def terminated(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
 
 
 def recorded_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
@@ -143,16 +168,21 @@ def main() -> int:
         "drift": drifting_step,
         "disk": step_on_a_full_disk,
         "slow": slow_step,
+        "blocked": blocked_step,
+        "start": original_step,
         "stop": original_step,
         "record": recorded_step,
     }
     Engine.step = steps[kind]  # type: ignore[method-assign]
     if kind == "disk":
         launch.run.folder.BackgroundWriter = RecordedWriter  # type: ignore[misc]
+    if kind == "start":
+        launch.train.check_training_kernels = terminated
     if kind == "stop":
         Engine.evaluate = interrupted_evaluation  # type: ignore[method-assign]
     return launch.train.main()
 
 
 if __name__ == "__main__":
+    LAUNCHER.attach()  # as launch/train.py does
     sys.exit(main())

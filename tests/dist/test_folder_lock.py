@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.dist.trainings import Trainer
-from tests.support.launching import LAUNCHER, ROOT, TRAIN, environment, lines
-from tests.support.runs import OPTIONS, STARTED, ranks_of, start, status, wait_for_step
-from tests.support.waiting import is_running, wait_until
+from tests.support.launching import lines
+from tests.support.runs import OPTIONS, ranks_of, start, status, wait_for_step
 
 
-def test_a_training_whose_launcher_was_ended_keeps_its_run_folder_until_it_is_killed(
-    train: Trainer, tmp_path: Path, digits: Path
-) -> None:
-    """The launcher of accelerate does not forward signals to a single process."""
+def test_a_training_keeps_its_run_folder_until_it_is_killed(train: Trainer, tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     options = (*OPTIONS, "--data", str(digits), "--out", str(run))
-    launcher = subprocess.Popen(
-        [*LAUNCHER, TRAIN, *options], cwd=ROOT, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
-    )
-    STARTED.append(launcher)
-    wait_for_step(run, 1, launcher)
-    launcher.terminate()
-    launcher.wait(timeout=20)
-    (orphan,) = ranks_of(run)
+    process = start(tmp_path, "--data", digits, "--out", run)
+    wait_for_step(run, 1, process)
+    first = process.pid
     try:
         before = status(run)
         second = train(*options, "--lock-wait", "1")
@@ -36,18 +26,18 @@ def test_a_training_whose_launcher_was_ended_keeps_its_run_folder_until_it_is_ki
         *_, error = second.stderr.strip().splitlines()
         host = os.uname().nodename
         assert error.startswith(
-            f"error: run folder {run} is in use by process {orphan} on {host}; wait for it"
+            f"error: run folder {run} is in use by process {first} on {host}; wait for it"
         )
         assert error.endswith(f"(lock: {run}/.lock), or use another run folder (--out)")
         assert "waiting for it for up to 1 s" in second.stderr
         assert before == status(run) == {"status": "running", "step": 0, "reason": ""}
-        assert ranks_of(run) == [orphan]
+        assert ranks_of(run) == [first]
     finally:
-        os.kill(orphan, signal.SIGKILL)
-    wait_until(lambda: not is_running(orphan))
+        process.kill()
+    process.wait()
     third = train(*options, "--stop-after", "1")
     assert third.returncode == 0, third.stderr
-    assert f"replacing the lock of process {orphan} on {host}, which no longer runs" in third.stderr
+    assert f"replacing the lock of process {first} on {host}, which no longer runs" in third.stderr
     assert "waiting for it" not in third.stderr
 
 

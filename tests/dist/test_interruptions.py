@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch.resilience.stop_signals import SAME_KEY_PRESS_SECONDS
 from tests.dist.trainings import TRAIN, Trainer
 from tests.support.launching import lines, python
 from tests.support.runs import OPTIONS, ranks_of, start, status, wait_for_step
@@ -92,6 +93,42 @@ def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digi
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 128 + signal.SIGTERM
     assert not list((run / "checkpoints").glob("step-*"))
+    assert status(run)["status"] == "failed"
+
+
+def test_ctrl_c_is_answered_during_a_step_and_a_second_one_says_what_is_lost(
+    train: Trainer, tmp_path: Path, digits: Path
+) -> None:
+    run = tmp_path / "run"
+    options = (*OPTIONS, "--data", digits, "--out", run, "--save-every", "1")
+    process = train.start("blocked", *options, program=INJECT_FAULT)
+    wait_for_step(run, 1, process)
+    wait_until((run / "checkpoints" / "step-00000001").exists)
+    process.send_signal(signal.SIGINT)
+    first = "SIGINT: finishing this step, then saving; press Ctrl-C again to stop without saving\n"
+    wait_until(lambda: first in train.output())
+    process.send_signal(signal.SIGINT)  # too soon for a person
+    time.sleep(SAME_KEY_PRESS_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    lost = "nothing is lost, the checkpoint of step 1 contains all steps"
+    assert train.output().endswith(f"{first}ended at once; {lost}\n")
+    ended = status(run)
+    assert (ended["status"], ended["step"], ended["reason"]) == ("failed", 1, f"SIGINT twice: ended at once; {lost}")
+
+
+def test_a_run_that_is_stopped_before_it_trains_does_not_stay_running(
+    train: Trainer, tmp_path: Path, digits: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    process = train.start("start", *OPTIONS, "--data", digits, "--out", run, program=INJECT_FAULT)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert train.output().splitlines()[-1] == "interrupted before training started; nothing is lost"
+    stopped = status(run)
+    assert (stopped["status"], stopped["step"]) == ("preempted", None)
+    assert stopped["reason"] == "SIGTERM before training started"
 
 
 @pytest.mark.parametrize("average", [(), ("--ema", "0.9")], ids=["weights", "average"])

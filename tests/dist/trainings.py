@@ -63,6 +63,10 @@ class Trainer:
         self._launcher.start(program, *options, ranks=ranks)
         return Training(self._launcher)
 
+    def output(self) -> str:
+        """Return what the last training has printed so far."""
+        return self._launcher.errors.read_text(encoding="utf-8", errors="replace")
+
     def kill(self) -> None:
         """Kill the ranks of the last training, if they are running."""
         self._launcher.kill()

@@ -1,0 +1,123 @@
+"""Start the processes of a training on this machine: `pipeline train --processes 8 -- --variant b3 --data SET`.
+
+This uses the part of torchrun that starts and ends processes, without its agent: with one machine and no restarts there
+is nothing to agree on, and the agent's errors are tracebacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from shards.redact import printable
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+TRAIN = Path(__file__).with_name("train.py")
+POLL_SECONDS = 0.1
+# Seconds for the processes to save after a signal, as in launch/slurm/train.sbatch; torchrun's default is 30.
+SAVE_SECONDS = 170
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+
+
+def start_training(processes: int | None, options: Sequence[str]) -> int:
+    """Train with `processes` processes (None: one per GPU); return the exit status of launch/train.py.
+
+    Signals are passed on to all processes, and this process waits until they have ended. A single process replaces this
+    one.
+    """
+    count = processes or max(1, _gpus())
+    if count == 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, str(TRAIN), *options])
+    return _run(count, options)
+
+
+def _gpus() -> int:
+    if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
+        return 0  # without a driver there is nothing to count, for which importing torch would take seconds
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _run(count: int, options: Sequence[str]) -> int:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
+
+    # This process holds the store through which the ranks find each other, at a port that the system has chosen. If
+    # rank 0 held it, as without a launcher, another program could take the port in the meantime.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": f"pipeline-train-{os.getpid()}",
+        "OMP_NUM_THREADS": "1",  # until each rank has divided the cores
+    }
+    envs = {rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
+    arguments = {rank: (str(TRAIN), *options) for rank in range(count)}
+    handled = [number.name for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
+        logging.CRITICAL
+    )  # `_exit_status` says it
+    signal.set_wakeup_fd(-1)  # from here on, signals are for the training
+    with tempfile.TemporaryDirectory(prefix="pipeline-train-") as folder:
+        running: Any = start_processes("train", sys.executable, arguments, envs, DefaultLogsSpecs(log_dir=folder))
+        signal.signal(signal.SIGUSR1, lambda number, frame: _forward(running, number, frame))
+        request: SignalException | None = None
+        failed: list[ProcessFailure] = []
+        while True:
+            try:
+                if request is None:
+                    failed = list(running.wait(period=POLL_SECONDS).failures.values())  # in the order of their ends
+                else:
+                    running.close(request.sigval, timeout=SAVE_SECONDS)
+                    failed = _failures(running)
+                break
+            except SignalException as new:  # pass it on, also a second one
+                request = new
+        return _exit_status(failed[0]) if failed else 0
+
+
+def _forward(running: Any, number: int, frame: FrameType | None) -> None:
+    for pid in running.pids().values():
+        os.kill(pid, number)
+
+
+def _failures(running: Any) -> list[ProcessFailure]:
+    """Return the processes that have not returned 0, ordered by rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    return [
+        ProcessFailure(rank, handler.proc.pid, handler.proc.returncode, running.error_files[rank])
+        for rank, handler in running.subprocess_handlers.items()
+        if handler.proc.returncode
+    ]
+
+
+def _exit_status(failure: ProcessFailure) -> int:
+    """Print the error of the process that failed first, unless it has done so itself; return the exit status."""
+    message, line = failure.message, ""
+    if isinstance(message, dict):
+        line = message["message"]
+    elif failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        cause = " (out of memory?)" if name == "SIGKILL" else ""
+        host = os.uname().nodename
+        line = f"error: rank {failure.local_rank} on {host} was killed by {name}{cause}; run the same command to resume"
+    if line:
+        print(printable(line), file=sys.stderr, flush=True)
+    return max(failure.exitcode, 1)
