@@ -45,6 +45,7 @@ from launch.monitor.curves import draw_curves
 from launch.monitor.metrics import Metrics, StartInfo
 from launch.monitor.trackers import Trackers, start_trackers
 from launch.prepare import prepare_run
+from launch.profiling.profiler import StepProfiler
 from launch.resilience.preempt import Preemption, deadline
 from launch.resilience.preflight import preflight
 from launch.resilience.stop_signals import Phase, StopSignals, Unsaved
@@ -92,11 +93,12 @@ def train(recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, 
         folder.renew_status(lambda: metrics.step),
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
         feed.eval_loader(dtype=engine.input_dtype) as val_loader,
+        StepProfiler(feed, engine, train_loader, range(state.step, feed.last_step), metrics.print) as profiler,
     ):
         metrics.saved_at = lambda: folder.saved_at
         resolved |= train_loader.resolved
         metrics.log_start(*resume_messages, *messages, *engine.notes, *feed.advice(), resolved=resolved)
-        loop = TrainingLoop(feed, engine, folder, metrics, preemption, watchdog, train_loader, val_loader, state)
+        loop = TrainingLoop(feed, engine, folder, metrics, preemption, watchdog, profiler, train_loader, val_loader, state)
         signals.say, signals.unsaved = metrics.print, lambda: Unsaved(loop.state.step, folder.newest_step)
         loop.run()
         signals.phase = Phase.FINISHING

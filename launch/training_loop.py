@@ -12,6 +12,7 @@ from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.monitor.metrics import Metrics
 from launch.monitor.pictures import save_evaluation, save_first_batch
+from launch.profiling.profiler import StepProfiler
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested
 from launch.resilience.stop_signals import Phase
@@ -33,6 +34,7 @@ class TrainingLoop:
     metrics: Metrics
     preemption: Preemption
     watchdog: Watchdog
+    profiler: StepProfiler
     train_loader: TrainLoader
     val_loader: EvalLoader | None
     state: Progress
@@ -69,12 +71,14 @@ class TrainingLoop:
     def step(self) -> None:
         """Do one optimizer step. Does not wait for the device."""
         step = self.state.step
+        self.profiler.begin_step(step)
         batches = self.metrics.next_batches(self.train_loader, self.feed.shape.accumulation)
         if step == 0 and self.engine.world.is_main:
             self.metrics.print(*save_first_batch(self.folder.path, self.feed, batches[0]))
         result = self.engine.step(batches, step=step, lr=self.lr(step))
         self.guards.note(step, result, batches)
         self.metrics.add_step(step, self.lr(step), result)
+        self.profiler.end_step(step)
         self.state = self.state.after(step + 1, self.feed.plan.at(step + 1))
         self.watchdog.beat(step + 1)
 

@@ -21,6 +21,7 @@ from pipeline.feed_process.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher
+from pipeline.stage_trace import StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.quick_check import quick_check
@@ -56,6 +57,8 @@ class BackgroundLoader(ABC):
         options = resolve_hw_decoder_load(options, device) if self._loader == "dali" else options
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
         self._settings = options.settings
+        self.stage_trace = StageTrace()
+        """Records the loader's stages and queues between its `start` and `stop`."""
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._prefetcher: Prefetcher[Batch] | None = None
         self._source: FeedProcess | SampleReader | None = None
@@ -118,7 +121,8 @@ class BackgroundLoader(ABC):
     def _start(self) -> Prefetcher[Batch]:
         self._closing = False
         threads, started = torch.get_num_threads(), threading.Event()
-        prefetcher = Prefetcher(self._stream(started), depth=self._settings.ready, name=f"{self._split}-loader")
+        name, depth = f"{self._split}-loader", self._settings.ready
+        prefetcher = Prefetcher(self._stream(started), depth=depth, name=name, trace=self.stage_trace)
         # `_stream` calls torch.set_num_threads for its own thread, but that also changes the default of threads that
         # start later: restore it.
         started.wait()
@@ -178,6 +182,7 @@ class BackgroundLoader(ABC):
             device=self._device,
             evaluation=evaluation,
             normalisation=normalisation,
+            trace=self.stage_trace,
         )
         decoded = decoder.decode((each.job, each) for each in prepared)
         try:
@@ -190,7 +195,7 @@ class BackgroundLoader(ABC):
         if not self._use_feed_process:
             return None
         try:
-            return FeedProcess(stream, self._bad, page_lock=self._page_lock)
+            return FeedProcess(stream, self._bad, page_lock=self._page_lock, trace=self.stage_trace)
         except FeedUnavailable as error:
             log.warning(NO_FEED_PROCESS, error)
             return None
@@ -205,9 +210,9 @@ class BackgroundLoader(ABC):
             else:
                 yield from process.batches()
                 return
-        with stream.reader(BufferPool(pinned=self._page_lock)) as reader:
+        with stream.reader(BufferPool(pinned=self._page_lock), self.stage_trace) as reader:
             self._set_source(reader)
-            yield from stream.run(reader, self._bad)
+            yield from stream.run(reader, self._bad, self.stage_trace)
 
     def _set_source(self, source: FeedProcess | SampleReader) -> None:
         self._source = source

@@ -18,6 +18,7 @@ from pipeline.batch_shape import BatchShape
 from pipeline.decode.job import DecodeJob
 from pipeline.options import LoaderOptions
 from pipeline.plan import NO_SAMPLE, EvalPlan, Ids, Position, ShardRequest, TrainPlan
+from pipeline.stage_trace import StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import open_storage
@@ -172,11 +173,11 @@ class JobStream:
     beton: bool = False
     """Whether to read the split's .beton file, if it has one, even if it also has tar shards."""
 
-    def reader(self, buffers: BufferPool) -> SampleReader:
+    def reader(self, buffers: BufferPool, trace: StageTrace | None = None) -> SampleReader:
         """Return a reader of the split that stores the encoded images in `buffers`."""
-        return open_reader(self.dataset, self.split, self.options, buffers=buffers, beton=self.beton)
+        return open_reader(self.dataset, self.split, self.options, buffers=buffers, beton=self.beton, trace=trace)
 
-    def run(self, reader: SampleReader, bad: BadSamples) -> Iterator[PreparedBatch]:
+    def run(self, reader: SampleReader, bad: BadSamples, trace: StageTrace | None = None) -> Iterator[PreparedBatch]:
         """Run the first half of a loader: plan -> read -> replace bad samples -> draw.
 
         Reading runs `options.read_ahead` batches ahead.
@@ -187,7 +188,7 @@ class JobStream:
         planned = self.jobs.requests()
         read = self._read(planned, reader)
         replaced = ((bad.replace_bad_samples(e, reader, epoch=r.position.epoch), r) for e, r in read)
-        return (self.jobs.prepare(encoded, request) for encoded, request in replaced)
+        return (trace or StageTrace()).map("draw", lambda each: self.jobs.prepare(*each), replaced)
 
     def _read(self, planned: Iterator[BatchRequest], reader: SampleReader) -> Iterator[tuple[Encoded, BatchRequest]]:
         reader.prefetch(self.jobs.shard_requests())
@@ -198,12 +199,18 @@ class JobStream:
 
 
 def open_reader(
-    dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: BufferPool | None = None, beton: bool = False
+    dataset: ShardSet,
+    split: str,
+    options: LoaderOptions,
+    *,
+    buffers: BufferPool | None = None,
+    beton: bool = False,
+    trace: StageTrace | None = None,
 ) -> SampleReader:
     """Return a reader of a split, configured by loader options."""
     storage = open_storage(dataset, split, beton=beton)
     threads = options.settings.read_threads
-    return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers)
+    return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers, trace=trace)
 
 
 def eval_geometry(

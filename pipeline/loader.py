@@ -8,7 +8,7 @@ The state of a loader is the position after the last *delivered* batch. Batches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -26,6 +26,9 @@ from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
 from shards.format.dataset import ShardSet
+
+DecodedBatch = tuple[Tensor, PreparedBatch]
+"""Images on the device, and the job that they were decoded for."""
 
 __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader", "eval_geometry"]
 
@@ -154,23 +157,28 @@ class TrainLoader(BackgroundLoader):
             # Close explicitly: the traceback of an error in a later stage would keep these generators alive.
             closing(self._decode(prepared, size=size, rows=rows, normalisation=normalisation)) as decoded,
         ):
-            augmented = self._mix(decoded) if by_decoder else self._augmented(decoded)
-            yield from (self._batch(images, batch) for images, batch in augmented)
+            augmented = self.stage_trace.map("augment", self._mix if by_decoder else self._augmenter(), decoded)
+            yield from self.stage_trace.map("transfer", self._batch, augmented)
 
-    def _mix(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
+    def _mix(self, decoded: DecodedBatch) -> DecodedBatch:
         """Apply mixup and CutMix, the only remaining augmentations of images that the decoder has normalised."""
-        for pixels, batch in decoded:
-            images = self._channels_first(pixels)
-            yield images if batch.mixing is None else mix(images, batch.mixing), batch
+        pixels, batch = decoded
+        images = self._channels_first(pixels)
+        return images if batch.mixing is None else mix(images, batch.mixing), batch
 
-    def _augmented(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
-        """Apply RandAugment, normalisation, random erasing and mixing on the device."""
+    def _augmenter(self) -> Callable[[DecodedBatch], DecodedBatch]:
+        """Return a function that applies RandAugment, normalisation, random erasing and mixing on the device."""
         augment = BatchAugment(self._augment, self._device, self._dtype, kernels=self._kernels)
-        for pixels, batch in decoded:
-            assert batch.params is not None
-            yield augment(pixels, batch.params, batch.mixing), batch
 
-    def _batch(self, images: Tensor, batch: PreparedBatch) -> Batch:
+        def augmented(decoded: DecodedBatch) -> DecodedBatch:
+            pixels, batch = decoded
+            assert batch.params is not None
+            return augment(pixels, batch.params, batch.mixing), batch
+
+        return augmented
+
+    def _batch(self, augmented: DecodedBatch) -> Batch:
+        images, batch = augmented
         request, encoded, mixing = batch.request, batch.job.encoded, batch.mixing
         return Batch(
             images=images,
@@ -286,13 +294,15 @@ class EvalLoader(BackgroundLoader):
                 self._decode(prepared, size=size, rows=rows, evaluation=True, normalisation=normalisation)
             ) as decoded,
         ):
-            normalised = ((self._channels_first(p) if by_decoder else self._normalise(p), b) for p, b in decoded)
-            yield from (self._batch(images, batch) for images, batch in normalised)
+            for_device = self._channels_first if by_decoder else self._normalise
+            normalised = self.stage_trace.map("augment", lambda each: (for_device(each[0]), each[1]), decoded)
+            yield from self.stage_trace.map("transfer", self._batch, normalised)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         return normalise(pixels, self._mean, self._std, self._dtype)
 
-    def _batch(self, images: Tensor, batch: PreparedBatch) -> Batch:
+    def _batch(self, normalised: DecodedBatch) -> Batch:
+        images, batch = normalised
         position, encoded = batch.request.position, batch.job.encoded
         planned = self._plan.ids(position.step)
         # An evaluation has no replacement samples: the row of a bad sample is masked out.

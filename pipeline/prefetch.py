@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from pipeline.stage_trace import WAIT_FOR_BATCH, WAIT_FOR_SPACE, StageTrace
+
 T = TypeVar("T")
 
 # How often a producer that waits for queue space checks whether it has been closed.
@@ -24,10 +26,11 @@ class Prefetcher(Generic[T]):
         source: iterator to run. A generator is also closed in the thread that ran it.
         depth: maximum number of items that wait for the consumer.
         name: name of the thread.
+        trace: records the waits at the queue and its level ("ready").
     """
 
-    def __init__(self, source: Iterator[T], *, depth: int, name: str) -> None:
-        self._source = source
+    def __init__(self, source: Iterator[T], *, depth: int, name: str, trace: StageTrace | None = None) -> None:
+        self._source, self._trace, self._taken = source, trace or StageTrace(), 0
         self._queue: queue.Queue[tuple[bool, T | BaseException]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._end: BaseException | None = None
@@ -41,7 +44,10 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         if self._end is not None:
             raise self._end
-        ended, item = self._queue.get()
+        with self._trace.span(WAIT_FOR_BATCH, self._taken):
+            ended, item = self._queue.get()
+        self._trace.level("ready", self.ready)
+        self._taken += 1
         if ended:
             assert isinstance(item, BaseException)
             self._end = item
@@ -65,9 +71,11 @@ class Prefetcher(Generic[T]):
     def _run(self) -> None:
         end: BaseException = StopIteration()
         try:
-            for item in self._source:
-                if not self._put((False, item)):
-                    return
+            for number, item in enumerate(self._source):
+                with self._trace.span(WAIT_FOR_SPACE, number):
+                    if not self._put((False, item)):
+                        return
+                self._trace.level("ready", self.ready)
         except BaseException as error:  # the consumer raises the error, whatever its type
             end = error
         finally:

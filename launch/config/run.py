@@ -19,6 +19,8 @@ from shards.ranges import Seconds, Seed, Steps, check_ranges
 MAX_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
 # Added to the hang timeout, in seconds: the watchdog kills a stuck trainer at most one minute after that timeout.
 LOCK_WAIT_MARGIN = 120.0
+# Every step adds up to some ten MB to the trace, and viewers hold all of it in memory.
+ProfiledSteps = Annotated[int, Interval(ge=1, le=100)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,14 @@ class LogConfig:
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl. wandb logs to the project $WANDB_PROJECT (default:
     fat-pipeline); WANDB_MODE=offline logs without a server."""
+    profile: Annotated[ProfiledSteps | None, default("no profile")] = None
+    """Number of optimizer steps to profile, once per start, on rank 0. RUN/profile gets a timeline of operators and of
+    the loader's stages, a table of the slowest operators, a snapshot of GPU memory and the slowest stage. Profiled
+    steps are slower."""
+    profile_from: Annotated[Steps | None, default("after 10 warm-up steps of this start")] = None
+    """First optimizer step to profile, counted from 1 at the start of training."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.profile_from is not None and self.profile is None:
+            raise RecipeError("--profile-from: no steps are profiled; add --profile STEPS")

@@ -7,7 +7,8 @@ Related files: `launch/engine/execution.py` (how the model is executed), `launch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,6 +100,8 @@ class Engine:
         self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"
         self.notes: list[str] = []
         """Messages for the log about the setup of the engine."""
+        self.phase: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
+        """Returns the context of each "forward", "backward" and "optimizer" phase of a step, by its name."""
         if self._graphs is not None:
             self._capture(self._graphs, micro_batch)
 
@@ -122,7 +125,8 @@ class Engine:
         self._set_training_mode()
         with fat.kernels.use(self.execution.kernels):
             result = self._plain_step(batches, self._update) if self._update else self._deepspeed_step(batches)
-        self._state.update_average(step)
+        with self.phase("optimizer"):
+            self._state.update_average(step)
         return result
 
     def _plain_step(self, batches: Sequence[Batch], update: Updater) -> StepResult:
@@ -131,14 +135,17 @@ class Engine:
             # DDP reduces gradients only in the last micro-batch.
             local = self.world.size > 1 and number < len(batches) - 1
             with self._wrapped.no_sync() if local else contextlib.nullcontext():
-                with autocast(self.world.device, self.precision):
-                    logits = self._wrapped(batch.images)
-                loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
-                loss.backward()
+                with self.phase("forward"):
+                    with autocast(self.world.device, self.precision):
+                        logits = self._wrapped(batch.images)
+                    loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
+                with self.phase("backward"):
+                    loss.backward()
             total += loss.detach()
-        norm = update(self._recipe.optim.clip_grad)
-        if not (self._graphs and self._graphs.keeps_gradients):
-            self._optimizer.zero_grad(set_to_none=True)
+        with self.phase("optimizer"):
+            norm = update(self._recipe.optim.clip_grad)
+            if not (self._graphs and self._graphs.keeps_gradients):
+                self._optimizer.zero_grad(set_to_none=True)
         return StepResult(total, norm)
 
     def _deepspeed_step(self, batches: Sequence[Batch]) -> StepResult:
@@ -146,11 +153,14 @@ class Engine:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             self._wrapped.set_gradient_accumulation_boundary(last)
-            loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
-            self._wrapped.backward(loss)  # DeepSpeed divides the loss by the number of micro-batches
-            if last and self._clips:
-                norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
-            self._wrapped.step()
+            with self.phase("forward"):
+                loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
+            with self.phase("backward"):
+                self._wrapped.backward(loss)  # DeepSpeed divides the loss by the number of micro-batches
+            with self.phase("optimizer"):
+                if last and self._clips:
+                    norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
+                self._wrapped.step()
             total += loss.detach() / len(batches)
         if norm is None:  # DeepSpeed has computed the norm, and skipped the update if the norm is not finite
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)

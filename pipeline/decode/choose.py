@@ -8,6 +8,7 @@ import torch
 
 from pipeline.decode.job import Decoder, Normalisation
 from pipeline.options import LoaderOptions
+from pipeline.stage_trace import StageTrace
 from shards.format.manifest_fields import SplitEntry
 
 ResolvedLoader = Literal["dali", "ffcv", "synthetic"]
@@ -29,6 +30,7 @@ def make_decoder(
     device: torch.device,
     evaluation: bool,
     normalisation: Normalisation | None,
+    trace: StageTrace,
 ) -> Decoder:
     """Create a decoder. Only the library that it uses is imported.
 
@@ -40,6 +42,7 @@ def make_decoder(
         device: device of the output.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
         normalisation: normalisation for the decoder to apply. None: return uint8.
+        trace: records the decoder's work.
 
     Raises:
         UserError: the library is not installed.
@@ -49,7 +52,9 @@ def make_decoder(
     if loader == "ffcv":
         from pipeline.decode.ffcv import FfcvDecoder
 
-        return FfcvDecoder(size=size, device=device, threads=threads, ahead=ahead, normalisation=normalisation)
+        return FfcvDecoder(
+            size=size, device=device, threads=threads, ahead=ahead, normalisation=normalisation, trace=trace
+        )
     from pipeline.decode.dali import DaliDecoder
 
     return DaliDecoder(
@@ -61,4 +66,5 @@ def make_decoder(
         evaluation=evaluation,
         normalisation=normalisation,
         settings=settings,
+        trace=trace,
     )

@@ -7,6 +7,7 @@ tenth of that and is closer to PIL's (`pipeline.decode.resize`).
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from nvidia.dali import Pipeline, fn, types
 from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
 from pipeline.decode.resize import Resizer
 from pipeline.options import LoaderSettings
+from pipeline.stage_trace import WAIT_FOR_GPU, StageTrace
 from shards.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -40,6 +42,7 @@ class DaliDecoder:
         evaluation: whether the jobs have regions (`DecodeJob.region`).
         normalisation: normalisation to apply, which makes the output float32. None: uint8.
         settings: only the options of the GPU decoder are used.
+        trace: records the waits for DALI, the resizing on a CPU and the number of batches inside DALI.
     """
 
     size: int
@@ -50,6 +53,7 @@ class DaliDecoder:
     evaluation: bool = False
     normalisation: Normalisation | None = None
     settings: LoaderSettings = field(default_factory=LoaderSettings)
+    trace: StageTrace = field(default_factory=StageTrace)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
         """Decode jobs in order.
@@ -63,6 +67,7 @@ class DaliDecoder:
             for job, extra in jobs:
                 inputs = self._inputs(job)
                 in_flight.append((job, extra, inputs))
+                self.trace.level("decoding", len(in_flight))
                 yield inputs
 
         source = feed()
@@ -71,9 +76,10 @@ class DaliDecoder:
         in_use = None if stream is None else InUseBuffers(stream)
         with Resizer(size=self.size, threads=self.threads, normalisation=self.normalisation) as resize:
             try:
-                while True:
+                for number in itertools.count():
                     try:
-                        (images,) = pipeline.run(stream)
+                        with self.trace.span("decode", number):
+                            (images,) = pipeline.run(stream)
                     except StopIteration:
                         return
                     except UserError:
@@ -81,13 +87,15 @@ class DaliDecoder:
                     except RuntimeError as error:
                         raise self._explain(error, in_flight) from error
                     job, extra, inputs = in_flight.popleft()
+                    self.trace.level("decoding", len(in_flight))
                     if in_use is not None:
                         pixels = torch.from_dlpack(images.as_tensor())
                         yield pixels, job, extra
-                        in_use.keep(pixels, inputs)
+                        with self.trace.span(WAIT_FOR_GPU, number):
+                            in_use.keep(pixels, inputs)
                         del pixels, inputs
                     else:  # `resize` copies, because the next `run` overwrites DALI's images
-                        yield resize([np.asarray(image) for image in images], job), job, extra
+                        yield self.trace.call("resize", number, resize, list(map(np.asarray, images)), job), job, extra
             finally:
                 source.close()
                 if in_use is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.augment.recipe import scale_and_offset
 from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
+from pipeline.stage_trace import WAIT_FOR_DECODE, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
 from shards.errors import UserError
 
@@ -51,6 +52,7 @@ class FfcvDecoder:
         threads: threads that decode.
         ahead: number of batches that are decoded concurrently.
         normalisation: normalisation to apply, which makes the output float32. None: uint8.
+        trace: records the decoding in every thread, the waits for it and the number of decoded batches.
     """
 
     size: int
@@ -58,6 +60,7 @@ class FfcvDecoder:
     threads: int
     ahead: int = 2
     normalisation: Normalisation | None = None
+    trace: StageTrace = field(default_factory=StageTrace)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
         """Decode jobs in order.
@@ -67,16 +70,27 @@ class FfcvDecoder:
         """
         in_flight: deque[tuple[_Task, DecodeJob, T]] = deque()
         buffers = BufferPool()
+
+        def decoded() -> int:
+            return sum(task.done for task, *_ in list(in_flight))
+
+        def next_decoded() -> tuple[torch.Tensor, DecodeJob, T]:
+            task, job, extra = in_flight.popleft()
+            images = task.images()
+            if self.trace.recording:
+                self.trace.level("decoded", decoded())
+            return images, job, extra
+
         with ThreadPoolExecutor(self.threads, thread_name_prefix="ffcv") as pool:
             try:
-                for job, extra in jobs:
-                    in_flight.append((_Task(job, self, buffers, pool), job, extra))
+                for number, (job, extra) in enumerate(jobs):
+                    task = _Task(job, self, buffers, pool, number)
+                    in_flight.append((task, job, extra))
+                    self.trace.level_when_done("decoded", task.parts, decoded)
                     if len(in_flight) > self.ahead:
-                        task, oldest, its_extra = in_flight.popleft()
-                        yield task.images(), oldest, its_extra
+                        yield next_decoded()
                 while in_flight:
-                    task, oldest, its_extra = in_flight.popleft()
-                    yield task.images(), oldest, its_extra
+                    yield next_decoded()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
@@ -84,8 +98,10 @@ class FfcvDecoder:
 class _Task:
     """One batch that is being decoded."""
 
-    def __init__(self, job: DecodeJob, decoder: FfcvDecoder, buffers: BufferPool, pool: ThreadPoolExecutor) -> None:
-        self._job, self._device = job, decoder.device
+    def __init__(
+        self, job: DecodeJob, decoder: FfcvDecoder, buffers: BufferPool, pool: ThreadPoolExecutor, number: int
+    ) -> None:
+        self._job, self._device, self._trace, self._number = job, decoder.device, decoder.trace, number
         n, size = len(job.encoded.ids), decoder.size
         dtype = torch.uint8 if decoder.normalisation is None else torch.float32
         if self._device.type == "cuda":
@@ -97,7 +113,9 @@ class _Task:
         self._geometry = _geometry(job, size)
         self._failed = np.zeros(n, np.bool_)
         starts = range(0, n, IMAGES_PER_TASK)
-        self._parts: list[Future[None]] = [pool.submit(self._run, slice(at, at + IMAGES_PER_TASK)) for at in starts]
+        self.parts: list[Future[None]] = [
+            pool.submit(self._trace.call, "decode", number, self._run, slice(at, at + IMAGES_PER_TASK)) for at in starts
+        ]
 
     def images(self) -> torch.Tensor:
         """Wait for the batch and return it on its device: [n, size, size, 3].
@@ -105,11 +123,18 @@ class _Task:
         Raises:
             DecodeError: some images could not be decoded; the message names them.
         """
-        for part in self._parts:
-            part.result()
+        with self._trace.span(WAIT_FOR_DECODE, self._number):
+            for part in self.parts:
+                part.result()
         if self._failed.any():
             raise DecodeError.of(self._job.encoded.ids[self._failed], "FFCV's JPEG decoder found the data damaged")
-        return self._out.to(self._device, non_blocking=True)
+        with self._trace.span("transfer", self._number):
+            return self._out.to(self._device, non_blocking=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether `images` need not wait."""
+        return all(part.done() for part in reversed(self.parts))
 
     def _run(self, rows: slice) -> None:
         encoded, geometry = self._job.encoded, self._geometry[rows]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.jobs import PreparedBatch
+from pipeline.stage_trace import Event
 from shards.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,18 @@ class BatchMessage:
     """Ids of all bad samples found so far."""
     dropped: list[int]
     """Numbers of the buffers that will not be used again."""
+    events: list[Event]
+    """Events of the feed process that were recorded since the last batch."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """The answer of the training process to each batch."""
+
+    returned: list[int]
+    """Numbers of the buffers that are not in use any more."""
+    record: bool
+    """Whether to record events."""
 
 
 @dataclass(frozen=True)

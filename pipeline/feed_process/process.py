@@ -24,8 +24,18 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.feed_process.channel import BatchMessage, Channel, End, NewBuffers, Ready, address_of, with_images
+from pipeline.feed_process.channel import (
+    BatchMessage,
+    Channel,
+    End,
+    NewBuffers,
+    Ready,
+    Received,
+    address_of,
+    with_images,
+)
 from pipeline.jobs import JobStream, PreparedBatch
+from pipeline.stage_trace import WAIT_FOR_FEED, StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
 from shards.errors import UserError, first_line
@@ -60,13 +70,17 @@ class FeedProcess:
         stream: the batches to prepare.
         bad: the bad samples found so far, updated as batches arrive.
         page_lock: page-lock the shared memory, so that the GPU can read encoded images without another copy.
+        trace: records the waits for the process, and the events that the process records while this trace does.
 
     Raises:
         FeedUnavailable: the process cannot be started.
     """
 
-    def __init__(self, stream: JobStream, bad: BadSamples, *, page_lock: bool = False) -> None:
+    def __init__(
+        self, stream: JobStream, bad: BadSamples, *, page_lock: bool = False, trace: StageTrace | None = None
+    ) -> None:
         self._bad, self._page_lock, self._interrupted = bad, page_lock, False
+        self._trace = trace or StageTrace()
         self._buffers: dict[int, _MappedBuffer] = {}
         self._returned: deque[int] = deque()
         try:
@@ -128,7 +142,8 @@ class FeedProcess:
             Exception: an error of the feed process, raised after the batches that precede it.
         """
         while True:
-            message = self._receive()
+            with self._trace.span(WAIT_FOR_FEED):
+                message = self._receive()
             if isinstance(message, logging.LogRecord):
                 logger = logging.getLogger(message.name)
                 if logger.isEnabledFor(message.levelno):
@@ -162,7 +177,8 @@ class FeedProcess:
             message, handles = self._channel.receive()
             if isinstance(message, BatchMessage):
                 returned = [self._returned.popleft() for _ in range(len(self._returned))]
-                self._channel.send(returned)
+                self._channel.send(Received(returned, record=self._trace.recording))
+                self._trace.extend(message.events)
         except (OSError, EOFError):
             if self._interrupted:
                 raise Interrupted from None

@@ -26,11 +26,13 @@ from pipeline.feed_process.channel import (
     End,
     NewBuffers,
     Ready,
+    Received,
     address_of,
     picklable_error,
     with_images,
 )
 from pipeline.jobs import JobStream, PreparedBatch
+from pipeline.stage_trace import WAIT_FOR_SPACE, StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
 from shards.redact import protect_output, redacted_traceback
@@ -70,7 +72,7 @@ class _BatchSender:
     """Prepares and sends batches, and tracks which buffers the training process is using."""
 
     def __init__(self, channel: Channel) -> None:
-        self._channel, self._buffers = channel, SharedBuffers()
+        self._channel, self._buffers, self._trace = channel, SharedBuffers(), StageTrace("feed process")
         self._room = threading.Semaphore(SENT_AHEAD)
         self._lent: dict[int, NDArray[np.uint8]] = {}
         self._listener = threading.Thread(target=self._listen, name="feed-returns", daemon=True)
@@ -80,9 +82,10 @@ class _BatchSender:
         self._listener.start()
         error: BaseException | None = None
         try:
-            for batch in stream.run(stream.reader(self._buffers), bad):
-                self._room.acquire()
-                self._send(batch, bad)
+            reader = stream.reader(self._buffers, self._trace)
+            for number, batch in enumerate(stream.run(reader, bad, self._trace)):
+                self._trace.call(WAIT_FOR_SPACE, number, self._room.acquire)
+                self._trace.call("send", number, self._send, batch, bad)
         except BaseException as raised:  # the consumer raises the error, whatever its type
             error = picklable_error(raised)
         with contextlib.suppress(OSError):
@@ -108,14 +111,17 @@ class _BatchSender:
                 os.close(handle)
         dropped = self._buffers.dropped()
         spans_array = np.array(spans, np.int64).reshape(-1, 3)
-        self._channel.send(BatchMessage(with_images(batch, []), spans_array, bad.ids, dropped))
+        events = self._trace.drain()
+        self._channel.send(BatchMessage(with_images(batch, []), spans_array, bad.ids, dropped, events))
 
     def _listen(self) -> None:
         try:
             while True:
-                returned, _ = self._channel.receive()
-                for number in returned:
+                received: Received = self._channel.receive()[0]
+                for number in received.returned:
                     del self._lent[number]
+                if received.record != self._trace.recording:
+                    (self._trace.start if received.record else self._trace.stop)()
                 self._room.release()
         except (OSError, EOFError):
             os._exit(0)

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from pipeline.options import LoaderSettings
 from pipeline.plan import Ids, ShardRequest
+from pipeline.stage_trace import WAIT_FOR_READ, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import SampleLocations, Storage
 from shards.errors import ShardSetError, StorageFailed
@@ -80,6 +81,7 @@ class SampleReader:
         threads: number of reading threads.
         check: verify each sample's hash (xxh3-64, several GB/s per core).
         buffers: pool of the buffers to read into; None: a new pool of pageable memory.
+        trace: records reads, waits for them and the number of batches that have been read.
     """
 
     def __init__(
@@ -89,9 +91,12 @@ class SampleReader:
         threads: int = LoaderSettings.read_threads,
         check: bool = True,
         buffers: BufferPool | None = None,
+        trace: StageTrace | None = None,
     ) -> None:
         self._storage, self._check = storage, check
         self._buffers = BufferPool() if buffers is None else buffers
+        self._trace = trace or StageTrace()
+        self._pending: deque[tuple[int, Future[Started]]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-reader")
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
@@ -108,15 +113,17 @@ class SampleReader:
 
         Pending reads of a generator that is not exhausted end when the reader is closed.
         """
-        pending: deque[tuple[Future[Started], T]] = deque()
-        for ids, extra in batches:
-            pending.append((self._batches.submit(self._start, ids), extra))
-            if len(pending) > ahead:
-                started, first = pending.popleft()
-                yield _gather(*started.result()), first
-        while pending:
-            started, first = pending.popleft()
-            yield _gather(*started.result()), first
+        self._pending.clear()
+        extras: deque[T] = deque()
+        for number, (ids, extra) in enumerate(batches):
+            started = self._batches.submit(self._trace.call, "read", number, self._start, ids, number)
+            self._pending.append((number, started))
+            self._trace.level_when_done("read", [started], self._count_read)
+            extras.append(extra)
+            if len(extras) > ahead:
+                yield self._next_read(), extras.popleft()
+        while extras:
+            yield self._next_read(), extras.popleft()
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """Start to fetch remote shards in the order in which they will be read. Call at most once."""
@@ -150,7 +157,20 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, ids: Ids) -> Started:
+    def _next_read(self) -> Encoded:
+        """Wait for the first pending batch."""
+        number, started = self._pending.popleft()
+        encoded = self._trace.call(WAIT_FOR_READ, number, lambda: _gather(*started.result()))
+        if self._trace.recording:
+            self._trace.level("read", self._count_read())
+        return encoded
+
+    def _count_read(self) -> int:
+        """Return the number of pending batches that have been read."""
+        # A copy, because another thread may change the queue.
+        return sum(_is_read(started) for _, started in list(self._pending))
+
+    def _start(self, ids: Ids, number: int | None = None) -> Started:
         """Read samples that are in the page cache, and submit tasks that read the remaining samples.
 
         Reading from the page cache in more threads would not be faster: they would wait for the interpreter lock.
@@ -168,9 +188,10 @@ class SampleReader:
             if not (read_if_cached(file, images[row], offset) and _has_hash(images[row], expected)):
                 waiting.append(sample)
         tasks = [
-            self._pool.submit(self._read_some, batch, waiting[start : start + SAMPLES_PER_TASK])
-            for start in range(0, len(waiting), SAMPLES_PER_TASK)
+            self._pool.submit(self._trace.call, "read", number, self._read_some, batch, part)
+            for part in (waiting[at : at + SAMPLES_PER_TASK] for at in range(0, len(waiting), SAMPLES_PER_TASK))
         ]
+        self._trace.level_when_done("read", tasks, self._count_read)
         return batch, tasks
 
     def _samples(self, locations: SampleLocations, order: NDArray[np.int64]) -> list[Sample]:
@@ -203,6 +224,11 @@ class SampleReader:
 
 def _has_hash(image: NDArray[np.uint8], expected: int | None) -> bool:
     return expected is None or xxh3_64_intdigest(image) == expected  # type: ignore[arg-type]
+
+
+def _is_read(started: Future[Started]) -> bool:
+    # Started reads that failed are not counted: the consumer raises their error.
+    return started.done() and not started.exception() and all(task.done() for task in started.result()[1])
 
 
 def _gather(batch: Encoded, tasks: list[Future[None]]) -> Encoded:

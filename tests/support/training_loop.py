@@ -18,6 +18,7 @@ from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.monitor.metrics import Metrics
+from launch.profiling.profiler import StepProfiler
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption
 from launch.resilience.watchdog import Watchdog
@@ -58,15 +59,18 @@ def training(
         Preemption(out, world, deadline=None) as preemption,
         Watchdog(out, world, timeout=0) as watchdog,
         feed.train_loader(step=0, dtype=engine.input_dtype) as loader,
+        StepProfiler(feed, engine, loader, range(feed.last_step), metrics.print) as profiler,
     ):
 
         def step() -> None:
             number = next(numbers)
             preemption.save_requested()
+            profiler.begin_step(number)
             batches = metrics.next_batches(loader, shape.accumulation)
             result = engine.step(batches, step=number, lr=rate(number))
             guards.note(number, result, batches)
             metrics.add_step(number, rate(number), result)
+            profiler.end_step(number)
             watchdog.beat(number + 1)
 
         yield step

@@ -6,6 +6,7 @@ import io
 import itertools
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from pipeline.plan import ShardRequest
+from pipeline.stage_trace import WAIT_FOR_READ, Event, QueueLevel, Span, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.files import Interrupted, LocalFiles
 from pipeline.storage.placement import Storage
 from pipeline.storage.reader import SampleReader
 from shards.errors import ShardSetError, StorageFailed
 from shards.format.index import INDEX_DTYPE
+from tests.support.waiting import wait_until
 
 SAMPLES, PER_SHARD = 40, 20
 
@@ -161,9 +164,7 @@ def test_a_missing_file_is_a_fault_of_its_samples(storage: Storage) -> None:
     assert str(batch.faults[0].error).startswith(f"{storage.files.name(1)}: missing; copy the file again")
 
 
-def test_a_storage_failure_is_raised_and_names_the_sample(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_failure_is_raised_and_names_the_sample(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> None:
         raise StorageFailed("stale file handle")
 
@@ -266,3 +267,53 @@ def test_file_of_returns_the_file_of_a_shard(storage: Storage, tmp_path: Path) -
     one = Storage(storage.index[:PER_SHARD], LocalFiles([tmp_path / "0.bin"]), one_file=True)
     with SampleReader(one) as reader:
         assert reader.file_of(7) == str(tmp_path / "0.bin")
+
+
+def test_reads_and_waits_are_recorded_with_the_number_of_their_batch(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch 0 is in the page cache, batches 1 and 2 are read by one and by two tasks."""
+    batches = [ids(*range(8)), ids(*range(8, 16)), ids(*range(20, 32))]
+    cached = {(0, int(storage.index[sample]["offset"])) for sample in range(8)}
+    read, second_file = storage.files.read, threading.Event()
+
+    def read_if_cached(file: int, target: NDArray[np.uint8], offset: int) -> bool:
+        if (file, offset) in cached:
+            read(file, target, offset)
+        return (file, offset) in cached
+
+    def read_later(file: int, target: NDArray[np.uint8], offset: int) -> None:
+        if file == 1:
+            second_file.wait(30)
+        read(file, target, offset)
+
+    monkeypatch.setattr(storage.files, "read_if_cached", read_if_cached)
+    monkeypatch.setattr(storage.files, "read", read_later)
+    trace, events = StageTrace(), list[Event]()
+
+    def levels() -> list[int]:
+        events.extend(trace.drain())
+        return [event.batches for event in events if isinstance(event, QueueLevel)]
+
+    trace.start()
+    with SampleReader(storage, trace=trace) as reader:
+        stream = reader.read_ahead([(batch, None) for batch in batches], 2)
+        next(stream)
+        wait_until(lambda: len(levels()) == 6, "batch 1 is read, batch 2 is started, batch 0 is taken")
+        assert reader._count_read() == 1
+        second_file.set()
+        wait_until(lambda: reader._count_read() == 2 and len(levels()) > 6, "batches 1 and 2 are read")
+        taken = len(levels())
+        assert len(list(stream)) == 2
+        assert 1 in levels()[taken:]
+        assert levels()[-1] == 0
+    assert {event.queue for event in events if isinstance(event, QueueLevel)} == {"read"}
+    spans = Counter(
+        (event.stage, event.batch, event.thread.rpartition("_")[0]) for event in events if isinstance(event, Span)
+    )
+    assert spans == {
+        **{("read", batch, "batch-reader"): 1 for batch in range(3)},
+        ("read", 1, "shard-reader"): 1,
+        ("read", 2, "shard-reader"): 2,
+        **{(WAIT_FOR_READ, batch, ""): 1 for batch in range(3)},
+    }

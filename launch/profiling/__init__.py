@@ -1,0 +1,1 @@
+"""`--profile`: profile some optimizer steps, and the stages of the loader with them (docs/profiling.md)."""
