@@ -147,7 +147,8 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
     """Validate the run, acquire the lock of its folder and build the engine. Collective."""
     DISPLAY.phase(f"reading the index of {recipe.data.data}, and building fat_{recipe.model.variant}")
     prepared = prepare_run(recipe, world)
-    trackers = start_trackers(prepared.recipe, world, resumes=prepared.resumes)
+    data_set = Path(str(prepared.feed.dataset.path)).name
+    trackers = start_trackers(prepared.recipe, world, resumes=prepared.resumes, data_set=data_set)
     lock.acquire(world, create=True)
     DISPLAY.phase("checking the kernels")
     # Kernels that fail the check are disabled before the model is compiled or captured with them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ MAX_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
 LOCK_WAIT_MARGIN = 120.0
 # Every step adds up to some ten MB to the trace, and viewers hold all of it in memory.
 ProfiledSteps = Annotated[int, Interval(ge=1, le=100)]
+_PROJECT = re.compile(r"[^\W_][\w .-]{0,99}")  # names that every tracker accepts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,11 @@ class LogConfig:
     verbose: bool = False
     """Print internals too: the chosen value of every option that was not set (metrics.jsonl always has them), and on
     CPUs the utilization of the arithmetic units (MFU)."""
-    tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers to log to, in addition to metrics.jsonl. wandb logs to the project $WANDB_PROJECT (default:
-    fat-pipeline); WANDB_MODE=offline logs without a server."""
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers to log to, in addition to metrics.jsonl. Each needs the extra of its name, as in pip install
+    'fat-pipeline[wandb]'."""
+    tracker_project: Annotated[str | None, default("$WANDB_PROJECT, $MLFLOW_EXPERIMENT_NAME, else fat-pipeline")] = None
+    """Project of the run in W&B and trackio, or its experiment in MLflow. The name of the run is that of its folder."""
     profile: Annotated[ProfiledSteps | None, default("no profile")] = None
     """Number of optimizer steps to profile, once per start, on rank 0. RUN/profile gets a timeline of operators and of
     the loader's stages, a table of the slowest operators, a snapshot of GPU memory and the slowest stage. Profiled
@@ -100,3 +104,8 @@ class LogConfig:
         check_ranges(self)
         if self.profile_from is not None and self.profile is None:
             raise RecipeError("--profile-from: no steps are profiled; add --profile STEPS")
+        if self.tracker_project is not None and not _PROJECT.fullmatch(self.tracker_project):
+            raise RecipeError(
+                f"--tracker-project {self.tracker_project!r}: expected 1 to 100 letters, digits, spaces or ._- that "
+                "begin with a letter or digit"
+            )

@@ -1,6 +1,7 @@
 """Wrap model and optimizer with accelerate, for DDP or DeepSpeed's ZeRO.
 
-This is the only file that calls accelerate. `launch/engine/zero_state.py` accesses DeepSpeed's internal state.
+Only `launch/monitor/tracker_backends.py` calls accelerate too. `launch/engine/zero_state.py` accesses DeepSpeed's
+internal state.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Metrics:
         self._log = MetricsLog(recipe.run.out if main else None)
         self._trackers = trackers
         if trackers is not None:
-            trackers.open(recipe.run.out)
+            trackers.open(recipe.run.out, step=progress.step)
         self._display = display or Display(enabled=main)
         self._verbose = recipe.log.verbose
         # A shared CPU's peak arithmetic throughput is not known well enough for a meaningful utilization.
@@ -152,8 +152,7 @@ class Metrics:
         self._log.write(kind, **values)
         self.print(*self._log.messages())
         if self._trackers is not None:
-            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-            self._trackers.log(numbers, step=values.get("step", 0))
+            self._trackers.log_line(kind, values)
             self.print(*self._trackers.messages())
 
     def restart_interval(self) -> None:

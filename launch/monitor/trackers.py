@@ -1,34 +1,33 @@
-"""Log metrics to TensorBoard and Weights & Biases."""
+"""Log metrics and pictures of a run to experiment trackers: TensorBoard, Weights & Biases, MLflow, trackio."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import secrets
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.machine.world import World, broadcast_from_rank0
-from launch.run.files import read_regular
+from launch.monitor.tracker_backends import BACKENDS, FINISH_SECONDS, Backend, TrackedRun
+from launch.monitor.tracker_thread import TrackerThread
+from launch.run.metrics_file import read_metrics
 from shards.errors import first_line
-from shards.files.durable import durable_write
 from shards.redact import redacted
 
-WANDB_ID = "wandb-id"
-"""File of the run folder with the run's id at Weights & Biases, so that a resumed run continues to log to it."""
-PROJECT = "fat-pipeline"
+LOGGED: dict[str, tuple[str, ...]] = {
+    "train": (
+        "loss", "lr", "grad_norm", "epoch", "images_per_second", "data_wait", "mfu", "bandwidth", "memory_bytes",
+        "skipped", "replaced",
+    ),
+    "eval": ("top1", "top5", "loss"),
+    "eval-ema": ("top1", "top5", "loss"),
+}  # fmt: skip
+"""For each kind of metrics line (launch/run/metrics_schema.py), the values that are logged as KIND/NAME."""
 
 _TRANSIENT = ("Comm", "Connection", "Timeout")
 """Substrings of the class names of transient errors, which may not occur in the next start."""
-_EXTRAS = {"tensorboard": "track", "wandb": "wandb"}
-# Advice in the error message, by tracker, if the tracker cannot start.
-_REMEDIES = {
-    "tensorboard": "repair the installation ('pip install --force-reinstall tensorboard')",
-    "wandb": "log in ('wandb login', or WANDB_API_KEY), or log to files only (WANDB_MODE=offline)",
-}
 
 
 class TrackerFailed(RecipeError):
@@ -41,140 +40,127 @@ class Trackers:
     """The trackers of `--tracker`, on rank 0.
 
     They start before the run folder is created. If one cannot start, a new run ends with an error, but a resumed run
-    continues without it. Later failures never end the run: `messages` returns only the first of consecutive
-    failures of a tracker, and later lines are still sent to it.
+    continues without it. Each tracker has a thread, so that a slow server does not delay training. Later failures never
+    end the run: `messages` returns only the first of consecutive failures of a tracker, and later lines are still sent
+    to it.
 
     Args:
         resumes: whether the run is resumed from its run folder.
+        data_set: name of the data set, for the tags.
 
     Raises:
         RecipeError: a library is not installed; or, for a new run, it cannot be imported or the login fails.
     """
 
-    def __init__(self, recipe: Recipe, *, resumes: bool = False) -> None:
-        self._recipe, self._resumes = recipe, resumes
-        self._trackers: dict[str, Any] = {}
-        self._failing: set[str] = set()
-        self._messages: list[str] = []
-        self._wandb_id = ""
-        for name in recipe.log.tracker:
+    def __init__(self, recipe: Recipe, *, resumes: bool = False, data_set: str = "") -> None:
+        names = tuple(dict.fromkeys(recipe.log.tracker))
+        for name in names:
             if importlib.util.find_spec(name) is None:
                 raise RecipeError(
-                    f"--tracker {name}: {name} is not installed; run pip install 'fat-pipeline[{_EXTRAS[name]}]', or "
-                    "omit the tracker"
+                    f"--tracker {name}: {name} is not installed; run pip install 'fat-pipeline[{name}]', or omit the "
+                    "tracker"
                 )
-        for name in recipe.log.tracker:
+        run = TrackedRun(
+            out=recipe.run.out,
+            project=recipe.log.tracker_project,
+            tags={"variant": recipe.model.variant} | ({"data_set": redacted(data_set)} if data_set else {}),
+            options=_flat(redacted(recipe.to_dict())),
+            resumes=resumes,
+        )
+        self._messages: list[str] = []
+        self._trackers: dict[str, tuple[Backend, TrackerThread]] = {}
+        for name in names:
+            backend, thread = BACKENDS[name](run), TrackerThread(name)
             try:
-                self._start(name)
+                thread.call(backend.start)
             except Exception as error:  # a tracker may raise any exception
+                fact = first_line(error) or type(error).__name__
                 if not resumes:
-                    fact = first_line(error) or type(error).__name__
                     transient = isinstance(error, OSError) or any(word in type(error).__name__ for word in _TRANSIENT)
                     kind = TrackerFailed if transient else RecipeError
                     raise kind(
-                        f"--tracker {name}: cannot start ({fact}); {_REMEDIES[name]}, or omit the tracker"
+                        f"--tracker {name}: cannot start ({fact}); {backend.remedy}, or omit the tracker"
                     ) from error
-                self._report_failure(name, error)
+                self._messages.append(_failed(name, fact))
+            else:
+                self._trackers[name] = backend, thread
 
-    def _start(self, name: str) -> None:
-        """Import the tracker's library and log in; the run folder need not exist yet."""
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    def open(self, folder: Path, *, step: int) -> None:
+        """Open the files of the trackers in the run folder, which must exist, before its metrics get a line.
 
+        Args:
+            step: optimizer steps done before this start.
+        """
+        self._logged = _last_steps(folder) if any(backend.continues for backend, _ in self._trackers.values()) else {}
+        for backend, thread in self._trackers.values():
+            thread.submit(lambda backend=backend: backend.open(folder, step))  # type: ignore[misc]
+
+    def log_line(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Log the values of a line of the metrics, unless an earlier start of the run has logged this step."""
+        step = int(values.get("step", 0))
+        found = {f"{kind}/{name}": values.get(name) for name in LOGGED.get(kind, ())}
+        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        if not numbers:
             return
-        import wandb
+        for backend, thread in self._trackers.values():
+            if not backend.continues or step > self._logged.get(kind, -1):
+                thread.submit(lambda backend=backend: backend.log(numbers, step))  # type: ignore[misc]
 
-        run = self._recipe.run
-        self._wandb_id = (_saved_id(run.out) if self._resumes else "") or secrets.token_hex(4)
-        self._trackers[name] = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            name=run.out.resolve().name,
-            id=self._wandb_id,
-            resume="allow",
-            config=_flat(redacted(self._recipe.to_dict())),
-        )
+    def log_picture(self, name: str, path: Path, *, step: int) -> None:
+        """Log an image file, if it exists.
 
-    def open(self, folder: Path) -> None:
-        """Open the files of the trackers in the run folder, which must exist."""
-        for name in self._recipe.log.tracker:
-            if name == "tensorboard":
-                self._try(name, lambda: self._open_tensorboard(folder))
-            elif name in self._trackers:
-                self._try(name, lambda: durable_write(folder / WANDB_ID, f"{self._wandb_id}\n".encode()))
-
-    def _open_tensorboard(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
-        recipe = "\n".join(f"    {name} = {value}" for name, value in _flat(redacted(self._recipe.to_dict())).items())
-        writer.add_text("recipe", recipe)
-        self._trackers["tensorboard"] = writer
-
-    def log(self, values: dict[str, int | float], *, step: int) -> None:
-        """Log values by name."""
-        for name, tracker in self._trackers.items():
-            log = _log_scalars if name == "tensorboard" else _log_to_wandb
-            self._try(name, lambda log=log, tracker=tracker: log(tracker, values, step))  # type: ignore[misc]
+        Args:
+            name: such as "train/images".
+        """
+        if path.exists():
+            for backend, thread in self._trackers.values():
+                thread.submit(lambda backend=backend: backend.log_picture(name, path, step))  # type: ignore[misc]
 
     def finish(self) -> None:
-        """Flush and close the trackers."""
-        for name, tracker in self._trackers.items():
-            self._try(name, tracker.close if name == "tensorboard" else tracker.finish)
+        """Send the last values and close the trackers. Waits at most `FINISH_SECONDS` for each."""
+        for backend, thread in self._trackers.values():
+            thread.finish(backend.finish, timeout=FINISH_SECONDS)
 
     def messages(self) -> list[str]:
         """Return warnings since the last call."""
         messages, self._messages = self._messages, []
-        return messages
-
-    def _try(self, name: str, action: Callable[[], Any]) -> None:
-        try:
-            action()
-            self._failing.discard(name)
-        except Exception as error:  # a tracker may raise any exception, which must not end the run
-            self._report_failure(name, error)
-
-    def _report_failure(self, name: str, error: Exception) -> None:
-        if name not in self._failing:
-            self._failing.add(name)
-            fact = first_line(error) or type(error).__name__
-            self._messages.append(f"warning: --tracker {name} failed ({fact}); the run continues without it")
+        return messages + [
+            _failed(name, fact) for name, (_, thread) in self._trackers.items() for fact in thread.failures()
+        ]
 
 
-def start_trackers(recipe: Recipe, world: World, *, resumes: bool) -> Trackers | None:
+def _failed(name: str, fact: str) -> str:
+    return f"warning: --tracker {name} failed ({fact}); training is not affected"
+
+
+def start_trackers(recipe: Recipe, world: World, *, resumes: bool, data_set: str) -> Trackers | None:
     """Create the trackers on rank 0; None on other ranks. Collective: errors are raised on every rank.
 
     Raises:
         RecipeError: see `Trackers`.
     """
     created: list[Trackers] = []
-    broadcast_from_rank0(lambda: created.append(Trackers(recipe, resumes=resumes)), world)
+    broadcast_from_rank0(lambda: created.append(Trackers(recipe, resumes=resumes, data_set=data_set)), world)
     return created[0] if created else None
 
 
-def _log_scalars(writer: Any, values: dict[str, int | float], step: int) -> None:
-    for name, value in values.items():
-        writer.add_scalar(name, value, global_step=step)
-    writer.flush()
-
-
-def _log_to_wandb(run: Any, values: dict[str, int | float], step: int) -> None:
-    run.log(values, step=step)
-
-
-def _saved_id(run: Path) -> str:
-    """Return the id that an earlier start has saved in the run folder, or an empty string."""
+def _last_steps(folder: Path) -> dict[str, int]:
+    """Return the highest step of each kind of line in the run's metrics."""
     try:
-        text = read_regular(run / WANDB_ID, limit=1024).decode().strip()
-    except (OSError, ValueError):
-        return ""
-    return text if text.isalnum() else ""
+        lines = read_metrics(folder, warn=lambda _: None)
+    except OSError:
+        return {}
+    found: dict[str, int] = {}
+    for line in lines:
+        found[line["kind"]] = max(found.get(line["kind"], -1), line.get("step", 0))
+    return found
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
     """Flatten nested values to keys `section.name`, and convert them to types that every tracker accepts."""
     flat: dict[str, int | float | str | bool] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)

@@ -32,7 +32,7 @@ ONLY_IN = {
         "pipeline/augment/triton_impl/finishing.py",
         "pipeline/augment/triton_impl/randaugment.py",
     },
-    "accelerate": {"launch/engine/accelerate.py"},
+    "accelerate": {"launch/engine/accelerate.py", "launch/monitor/tracker_backends.py"},
     "deepspeed": {"launch/engine/zero_state.py"},
 }
 # Files that may only be imported inside functions.

@@ -19,6 +19,7 @@ from launch.cli import main as pipeline
 from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.machine.provenance import git_state, versions
+from launch.monitor.tracker_backends import BACKENDS
 from launch.monitor.trackers import Trackers
 from launch.run.saved_recipe import read_saved_run
 from launch.run.status import STATUS_NAME, write_status
@@ -28,6 +29,7 @@ from shards import redact as redaction
 from shards.errors import UserError, report
 from shards.redact import printable, protect_output, redact, redacted, redacted_traceback
 from tests.support.serving import serve
+from tests.support.tracker_readers import keep_on_this_machine, library_of
 
 CANARY = "canary7f3a"
 URL = f"https://me:{CANARY}@host/set"
@@ -98,13 +100,13 @@ def test_no_command_prints_or_saves_a_password(
 # -- every function that writes text -------------------------------------------------------------------------------
 
 
-def recipe() -> Recipe:
+def recipe(tracker: str = "tensorboard") -> Recipe:
     base = Recipe()
     return replace(
         base,
         data=replace(base.data, cache=Path(URL)),
         run=replace(base.run, out=Path(URL)),
-        log=replace(base.log, tracker=("tensorboard",)),
+        log=replace(base.log, tracker=(tracker,)),
     )
 
 
@@ -114,11 +116,20 @@ def test_a_recipe_is_saved_without_passwords() -> None:
     assert "https:/***@host/set" in saved
 
 
-def test_trackers_receive_no_passwords(tmp_path: Path) -> None:
-    trackers = Trackers(recipe())
-    trackers.open(tmp_path)
+@pytest.mark.parametrize("tracker", list(BACKENDS))
+def test_trackers_receive_no_passwords(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library_of(tracker, monkeypatch)
+    keep_on_this_machine(tmp_path, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--data", URL, f"--data={SIGNED}"])
+    trackers = Trackers(recipe(tracker), data_set=URL)
+    trackers.open(tmp_path, step=0)
+    trackers.log_line("train", {"step": 1, "loss": 1.0})
     trackers.finish()
-    assert any(tmp_path.rglob("events.out.tfevents.*"))
+    assert trackers.messages() == []
+    if tracker == "wandb":
+        sys.modules["wandb"].teardown()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"https:/***@host/set" in written  # an option
     assert found_in(tmp_path) == []
 
 

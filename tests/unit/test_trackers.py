@@ -1,63 +1,40 @@
-"""Trackers (launch/monitor/trackers.py): a tracker that cannot start ends a new run, but not a resumed one."""
+"""Trackers (launch/monitor/trackers.py): failures, and what is logged and read back, also of a resumed run."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import threading
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from PIL import Image
 
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.config.run import LogConfig, RunConfig
-from launch.monitor.trackers import WANDB_ID, Trackers
-from launch.run.metrics_file import METRICS_NAME, MetricsLog
+from launch.monitor import trackers as trackers_module
+from launch.monitor.tracker_backends import BACKENDS, TrackedRun, id_name
+from launch.monitor.tracker_thread import TrackerThread
+from launch.monitor.trackers import LOGGED, TrackerFailed, Trackers
+from launch.run.metrics_file import MetricsLog
+from launch.run.metrics_schema import KINDS
 from launch.train import main as train
+from tests.support import tracker_readers
+from tests.support.tracker_readers import keep_on_this_machine, library_of
 
-TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0}
-# A replacement of wandb, which is not installed for tests, with the functions that are called and their errors.
-WANDB = """
-class UsageError(Exception):
-    pass
-
-class Run:
-    def log(self, values, step=None):
-        logged.append((step, values))
-        if "log" in failing:
-            raise ConnectionError("no route to the tracker\\nand more")
-
-    def finish(self):
-        if "log" in failing:
-            raise ConnectionError("still none")
-
-inits, logged, failing = [], [], set()
-
-def init(**options):
-    inits.append(options)
-    if "init" in failing:
-        raise UsageError("No API key configured. Use `wandb login` to log in.\\nMore.")
-    return Run()
-"""
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = tuple(BACKENDS)
+KEEPING = ("wandb", "mlflow", "trackio")
+"""Trackers that cannot remove values: repeated steps are not logged to them again."""
+PROJECT = "fat-pipeline"
 
 
-def recipe(name: str, out: Path) -> Recipe:
-    return Recipe(log=LogConfig(tracker=(name,)), run=RunConfig(out=out))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import the replacement of wandb."""
-    (tmp_path / "wandb.py").write_text(WANDB)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    import wandb
-
-    yield wandb
-    sys.modules.pop("wandb", None)
+def recipe(name: str, out: Path, project: str | None = None) -> Recipe:
+    return Recipe(log=LogConfig(tracker=(name,), tracker_project=project), run=RunConfig(out=out))  # type: ignore[arg-type]
 
 
 def trained(digits: Path, out: Path, *options: str) -> int:
@@ -67,41 +44,198 @@ def trained(digits: Path, out: Path, *options: str) -> int:
         return train()
 
 
-@pytest.mark.parametrize(
-    ("name", "hide", "advice"),
-    [("wandb", None, "'fat-pipeline[wandb]'"), ("tensorboard", "tensorboard", "'fat-pipeline[track]'")],
-)
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folder in which all trackers store their values."""
+    keep_on_this_machine(tmp_path, monkeypatch)
+    yield tmp_path
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # it has read the environment of this test
+
+
+# -- what is logged --------------------------------------------------------------------------------------------------
+
+
+def stored(name: str, local: Path, out: Path) -> tracker_readers.Steps:
+    """Return the steps that a tracker has stored for a run."""
+    readers: dict[str, Callable[[], tracker_readers.Steps]] = {
+        "tensorboard": lambda: tracker_readers.tensorboard_steps(out),
+        "wandb": lambda: tracker_readers.wandb_steps(local, out),
+        "mlflow": lambda: tracker_readers.mlflow_steps(out),
+        "trackio": lambda: tracker_readers.trackio_steps(out, PROJECT),
+    }
+    return readers[name]()
+
+
+class Start:
+    """One start of a run whose metrics and trackers get the same lines, as from `launch.monitor.metrics.Metrics`."""
+
+    def __init__(self, name: str, out: Path, *, step: int = 0) -> None:
+        self.trackers = Trackers(recipe(name, out), resumes=step > 0, data_set="digits")
+        out.mkdir(exist_ok=True)
+        self.trackers.open(out, step=step)
+        self._log = MetricsLog(out)
+
+    def write(self, kind: str, **values: Any) -> None:
+        self._log.write(kind, **values)
+        self.trackers.log_line(kind, values)
+
+    def train(self, *steps: int) -> None:
+        for step in steps:
+            values = {"epoch": 1, "lr": 0.1, "loss": 2.0 / step, "data_wait": 0.5, "slowest": "rank 1"}
+            self.write("train", step=step, steps=1, seconds=1.0, images_per_second=9.0, **values)
+
+    def evaluate(self, step: int) -> None:
+        for kind in ("eval", "eval-ema"):
+            self.write(kind, step=step, epoch=1, top1=0.5, top5=0.75, loss=1.5, samples=360)
+
+    def finish(self) -> None:
+        self.trackers.finish()
+        self._log.close()
+        assert self.trackers.messages() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_has_each_step_once_in_its_tracker(
+    name: str, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library_of(name, monkeypatch)
+    out = local / "run"
+    first = Start(name, out)
+    first.train(1, 2, 3, 4)
+    first.evaluate(4)
+    first.train(5, 6)  # the steps after the checkpoint of step 4 are repeated
+    first.finish()
+    second = Start(name, out, step=4)
+    second.train(5, 6)
+    second.evaluate(6)  # its step has been trained, but not evaluated before
+    second.train(7, 8)
+    second.evaluate(8)
+    second.finish()
+
+    steps = stored(name, local, out)
+    assert steps["train/loss"] == steps["train/lr"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert steps["eval/top1"] == steps["eval-ema/loss"] == [4, 6, 8]
+    assert {tag.split("/")[0] for tag in steps} == {"train", "eval", "eval-ema"}
+    assert "train/slowest" not in steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_run_in_the_same_folder_is_another_run_of_the_tracker(
+    name: str, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library_of(name, monkeypatch)
+    out = local / "run"
+    ids = []
+    for _ in range(2):
+        start = Start(name, out)
+        start.train(1, 2)
+        start.finish()
+        ids += [(out / id_name(name)).read_text()] if name in KEEPING else []
+    assert stored(name, local, out)["train/loss"] == [1, 2]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_logged(name: str, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library_of(name, monkeypatch)
+    start = Start(name, local / "run")
+    picture = local / "run" / "first-batch.jpg"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    start.trackers.log_picture("train/images", picture, step=1)
+    start.trackers.log_picture("eval/hardest", local / "run" / "missing.jpg", step=1)
+    start.finish()
+    if name == "mlflow":
+        from mlflow import MlflowClient
+
+        (found,) = MlflowClient().list_artifacts(
+            (local / "run" / "mlflow-id").read_text().strip(), "train/images/step-00000001"
+        )
+        assert found.path.endswith("first-batch.jpg")
+        return
+    steps = stored(name, local, local / "run")
+    assert "eval/hardest" not in steps
+    assert [steps[tag] for tag in steps if tag.startswith("train/images")] != []
+    assert all(steps[tag] == [1] for tag in steps if tag.startswith("train/images"))
+
+
+def test_only_known_numbers_of_the_metrics_are_logged() -> None:
+    for kind, names in LOGGED.items():
+        assert set(names) <= KINDS[kind].model_fields.keys()
+        assert not {"kind", "time", "step", "seconds", "samples"} & set(names)
+
+
+def test_weights_and_biases_gets_project_name_tags_and_options(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library_of("wandb", monkeypatch)
+    trackers = Trackers(recipe("wandb", local / "b0-digits", "my project"), data_set="digits-shards")
+    run = trackers._trackers["wandb"][0]._tracker.tracker
+    assert (run.project, run.name, run.tags) == ("my project", "b0-digits", ("b0", "digits-shards"))
+    (local / "b0-digits").mkdir()
+    trackers.open(local / "b0-digits", step=0)
+    trackers.finish()
+    assert trackers.messages() == []
+    assert run.config["optim.epochs"] == Recipe().optim.epochs
+
+
+def test_the_project_is_that_of_the_option_then_of_the_environment(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library_of("mlflow", monkeypatch)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the environment")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{local}/mlflow.db")  # the default, but slow to create
+    from mlflow import MlflowClient
+
+    for option, expected in ((None, "from the environment"), ("from the option", "from the option")):
+        trackers = Trackers(recipe("mlflow", local / "run", option))
+        (local / "run").mkdir(exist_ok=True)
+        trackers.open(local / "run", step=0)
+        trackers.finish()
+        found = MlflowClient().get_run((local / "run" / "mlflow-id").read_text().strip())
+        assert MlflowClient().get_experiment(found.info.experiment_id).name == expected
+        assert found.data.tags["variant"] == "b0"
+        assert found.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("project", ["", "a/b", "it's", " x", "x" * 101, "a\nb"])
+def test_project_names_that_a_tracker_would_reject_are_rejected(project: str) -> None:
+    with pytest.raises(RecipeError, match="--tracker-project"):
+        LogConfig(tracker_project=project)
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tracker_that_is_not_installed_is_rejected_before_the_run_folder_is_created(
-    *,
-    digits: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    hide: str | None,
-    advice: str,
+    name: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from importlib import util
 
     find_spec = util.find_spec
-    monkeypatch.setattr(util, "find_spec", lambda library, *a: None if library == hide else find_spec(library, *a))
+    monkeypatch.setattr(util, "find_spec", lambda library, *a: None if library == name else find_spec(library, *a))
     assert trained(digits, tmp_path / "run", "--tracker", name) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith(f"error: --tracker {name}: {name} is not installed; run pip install {advice}")
+    assert shown.startswith(f"error: --tracker {name}: {name} is not installed; run pip install 'fat-pipeline[{name}]'")
     assert shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_extra_of_each_tracker_exists_and_installs_it() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in NAMES:
+        assert extras[name][0].startswith(name), name
 
 
 def test_new_run_without_wandb_login_is_rejected_before_the_run_folder_is_created(
-    digits: Path, tmp_path: Path, wandb: Any, capsys: pytest.CaptureFixture[str]
+    digits: Path, local: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wandb.failing.add("init")
-    assert trained(digits, tmp_path / "run", "--tracker", "wandb") == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: --tracker wandb: cannot start (No API key configured. Use `wandb login` to log in.")
-    assert "WANDB_MODE=offline" in shown
-    assert shown.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    library_of("wandb", monkeypatch)
+    monkeypatch.delenv("WANDB_MODE")
+    assert trained(digits, local / "run", "--tracker", "wandb") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("wandb: ")]
+    assert error.startswith("error: --tracker wandb: cannot start (")
+    assert "WANDB_MODE=offline" in error
+    assert not (local / "run").exists()
 
 
 def test_tensorboard_that_cannot_be_imported_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,41 +244,118 @@ def test_tensorboard_that_cannot_be_imported_is_rejected(tmp_path: Path, monkeyp
         Trackers(recipe("tensorboard", tmp_path))
 
 
-def test_resumed_run_continues_without_a_tracker_that_fails_to_start(tmp_path: Path, wandb: Any) -> None:
-    wandb.failing.add("init")
-    trackers = Trackers(recipe("wandb", tmp_path), resumes=True)
-    trackers.open(tmp_path)
+def test_resumed_run_continues_without_a_tracker_that_fails_to_start(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    trackers = Trackers(recipe("tensorboard", local), resumes=True)
+    trackers.open(local, step=3)
     (warning,) = trackers.messages()
-    assert warning.startswith("warning: --tracker wandb failed (No API key configured.")
-    assert warning.endswith("; the run continues without it")
-    trackers.log({"a": 1}, step=1)
+    assert warning.startswith("warning: --tracker tensorboard failed (")
+    assert warning.endswith("; training is not affected")
+    trackers.log_line("train", {"step": 4, "loss": 1.0})
     trackers.finish()
     assert trackers.messages() == []
-    assert wandb.logged == []
 
 
-def test_failing_tracker_warns_once_and_metrics_are_still_written(tmp_path: Path, wandb: Any) -> None:
-    log = MetricsLog(tmp_path, Trackers(recipe("wandb", tmp_path)))
-    wandb.failing.add("log")
-    for step in (1, 2):
-        log.write("train", step=step, **TRAIN)
-    assert log.messages() == ["warning: --tracker wandb failed (no route to the tracker); the run continues without it"]
-    assert log.close() == []
-    lines = (tmp_path / METRICS_NAME).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    assert [step for step, _ in wandb.logged] == [1, 2]
+class Unreliable(BACKENDS["tensorboard"]):  # type: ignore[misc]
+    """Tracker whose server fails in the way that a test needs."""
+
+    logged: ClassVar[list[int]] = []
+    start_error: ClassVar[Exception | None] = None
+    log_error: ClassVar[Exception | None] = None
+    answers = threading.Event()
+
+    def start(self) -> None:
+        if self.start_error:
+            raise self.start_error
+
+    def open(self, folder: Path, step: int) -> None:
+        pass
+
+    def log(self, values: Any, step: int) -> None:
+        self.answers.wait()
+        self.logged.append(step)
+        if self.log_error:
+            raise self.log_error
+
+    def finish(self) -> None:
+        pass
 
 
-def test_resumed_run_uses_the_same_wandb_id(tmp_path: Path, wandb: Any) -> None:
-    out = tmp_path / "runs" / "b3"
-    out.mkdir(parents=True)
+@pytest.fixture
+def unreliable(monkeypatch: pytest.MonkeyPatch) -> Any:
+    class Backend(Unreliable):
+        logged: ClassVar[list[int]] = []
+        answers = threading.Event()
 
-    def start(make: Callable[[], Trackers]) -> dict[str, Any]:
-        make().open(out)
-        return wandb.inits[-1]
+    monkeypatch.setitem(BACKENDS, "tensorboard", Backend)
+    yield Backend
+    Backend.answers.set()
 
-    first = start(lambda: Trackers(recipe("wandb", out)))
-    assert (first["project"], first["name"]) == ("fat-pipeline", "b3")
-    assert (out / WANDB_ID).read_text().strip() == first["id"]
-    assert start(lambda: Trackers(recipe("wandb", out), resumes=True)) == first
-    assert start(lambda: Trackers(recipe("wandb", out)))["id"] != first["id"]  # another run in the same folder
+
+@pytest.mark.parametrize(("error", "kind"), [(ConnectionError("x"), TrackerFailed), (ValueError("x"), RecipeError)])
+def test_an_unreachable_server_may_be_reached_by_the_next_start(
+    unreliable: Any, tmp_path: Path, error: Exception, kind: type
+) -> None:
+    unreliable.start_error = error
+    with pytest.raises(RecipeError) as caught:
+        Trackers(recipe("tensorboard", tmp_path))
+    assert type(caught.value) is kind
+
+
+def test_failing_tracker_warns_once_and_gets_the_later_lines(unreliable: Any, tmp_path: Path) -> None:
+    unreliable.log_error = ConnectionError("no route to the tracker\nand more")
+    unreliable.answers.set()
+    trackers = Trackers(recipe("tensorboard", tmp_path))
+    trackers.open(tmp_path, step=0)
+    for step in (1, 2, 3):
+        trackers.log_line("train", {"step": step, "loss": 1.0})
+    trackers.finish()
+    assert trackers.messages() == [
+        "warning: --tracker tensorboard failed (no route to the tracker); training is not affected"
+    ]
+    assert unreliable.logged == [1, 2, 3]
+
+
+def test_a_server_that_does_not_answer_delays_neither_training_nor_the_end(
+    unreliable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers_module, "FINISH_SECONDS", 0.1)
+    trackers = Trackers(recipe("tensorboard", tmp_path))
+    trackers.open(tmp_path, step=0)
+    for step in (1, 2, 3):
+        trackers.log_line("train", {"step": step, "loss": 1.0})
+    trackers.finish()
+    assert unreliable.logged == []
+    (warning,) = trackers.messages()
+    assert "not all values were sent within 0.1 seconds" in warning
+
+
+def test_calls_beyond_the_limit_are_dropped_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.monitor.tracker_thread.MAX_PENDING", 2)
+    thread, blocks, done = TrackerThread("test"), threading.Event(), []
+    thread.submit(blocks.wait)
+    for number in range(5):
+        thread.submit(lambda number=number: done.append(number))
+    assert len(thread.failures()) == 1
+    blocks.set()
+    thread.call(lambda: None)
+    assert done[0] == 0
+    assert len(done) < 5
+
+
+@pytest.mark.parametrize("content", [b"", b"../../x\n", b"a b\n", b"\xff", b"x" * 5000])
+def test_a_damaged_id_is_replaced(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / id_name("wandb")).write_bytes(content)
+    run = TrackedRun(out=tmp_path, project=None, tags={}, options={}, resumes=True)
+    assert not BACKENDS["wandb"](run).continues
+
+
+def test_options_are_flat(local: Path) -> None:
+    start = Start("tensorboard", local / "run")
+    start.finish()
+    options = start.trackers._trackers["tensorboard"][0]._run.options
+    assert options["model.variant"] == "b0"
+    assert all(isinstance(value, int | float | str) for value in options.values())
+    json.dumps(dict(options))
