@@ -18,6 +18,9 @@ FOR_TESTS   := $(VENV)/.installed-for-tests
 # FFCV is built from source against these packages. Without them its tests are skipped, or fail if CI=true.
 FFCV_NEEDS  := libopencv-dev libturbojpeg0-dev pkg-config g++
 HAVE_FFCV   := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
+# The tests of `pipeline report` open its page in this browser. Without it they are skipped, or fail if CI=true.
+BROWSER     := chromium chromium-driver
+HAVE_BROWSER := command -v chromium chromedriver >/dev/null
 
 # The SLURM tests start a cluster on this machine with these packages. Without them they are skipped, or fail if CI=true.
 SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
@@ -44,10 +47,13 @@ $(FOR_TESTS): $(INSTALLED)
 	@$(HAVE_FFCV) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(FFCV_NEEDS) >/dev/null; }
 	@$(HAVE_FFCV) || echo "note: FFCV cannot be built and its tests will be skipped; to run them, install $(FFCV_NEEDS)"
+	@$(HAVE_BROWSER) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER) >/dev/null; }
+	@$(HAVE_BROWSER) || echo "note: Chromium is missing and tests of reports will be skipped; to run them, install $(BROWSER)"
 	@$(PIP_INSTALL) -e ".[demo,dev,docs,onnx,remote,parquet,formats,track$$($(HAVE_FFCV) && echo ,ffcv)]"
 	@touch $@
 
-demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png and curves.png in demo/
+demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png and report.html in demo/
 	@BIN=$(BIN) DEMO=$(DEMO) bash launch/demo.sh
 
 test: lint test-unit test-docs test-fuzz test-dist test-slurm  ## lint, unit tests, documentation, fuzzing, distributed tests, SLURM cluster on this machine

@@ -32,7 +32,6 @@ from launch.cli import SUBCOMMANDS, Sample  # noqa: E402
 from launch.config.command_line import RecipeFiles  # noqa: E402
 from launch.config.recipe import Recipe  # noqa: E402
 from launch.evaluate import Evaluate  # noqa: E402
-from launch.report import Report  # noqa: E402
 from launch.run.metrics_schema import KINDS, Line  # noqa: E402
 from launch.slurm.job import Submit  # noqa: E402
 from shards.commands.command_line import SampleDigits, SamplePhotos  # noqa: E402
@@ -66,7 +65,6 @@ COMMAND_CLASSES: dict[str, type] = {
     "pipeline sample photos": SamplePhotos,
     "python launch/evaluate.py": Evaluate,
     "python -m launch.submit": Submit,
-    "python -m launch.report": Report,
 }
 
 

@@ -18,6 +18,7 @@ import tyro
 from annotated_types import Interval
 from tyro.conf import subcommand
 
+from launch.report.command import Report
 from pipeline.look import Look
 from shards.commands.command_line import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
 from shards.cores import limit_openmp
@@ -220,6 +221,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "bench": Bench,
     "tune": Tune,
     "goodput": Goodput,
+    "report": Report,
     "sample": Sample,
 }
 

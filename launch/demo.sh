@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The complete workflow on real data in a few minutes: convert digits, verify and view the set, train FAT-B0, plot curves.
+# The complete workflow on real data in a few minutes: convert digits, verify and view the set, train FAT-B0, report.
 set -euo pipefail
 BIN=${BIN:-.venv/bin} DEMO=${DEMO:-demo}
 say() { printf '\n== %s\n' "$*"; }
@@ -18,7 +18,6 @@ say "4/5 training FAT-B0 at 64x64"
 HF_HOME="$DEMO/no-launcher-defaults" "$BIN/accelerate" launch launch/train.py \
   --recipe launch/config/recipes/digits.toml --data "$DEMO/digits-shards" --out "$DEMO/run"
 say "5/5 results"
-"$BIN/python" -m launch.report "$DEMO/run"
 "$BIN/python" - "$DEMO" <<'PY'
 import pathlib, sys
 from launch.run.metrics_file import read_metrics
@@ -30,3 +29,4 @@ print(f"validation accuracy {evals[-1]['top1']:.2%} (best {max(e['top1'] for e i
       f"over {evals[-1]['samples']} images, trained {end['seconds']:.0f} s")
 print(f"figures: {demo}/batch.png, {demo}/run/curves.png")
 PY
+"$BIN/pipeline" report "$DEMO/run" --out "$DEMO/report.html"

@@ -1,22 +1,81 @@
-"""Plot loss, accuracy and learning rate of a run from its metrics."""
+"""Draw the curves of one or several runs with matplotlib."""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
-from math import nan
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.monitor.metrics import EVALUATION_KINDS, WEIGHTS_NAMES
-from launch.run.metrics_file import final_timeline, read_run
+import numpy as np
+
+from launch.monitor.metrics import WEIGHTS_NAMES
+from launch.monitor.panels import (
+    MAX_POINTS,
+    MEANS,
+    PANELS,
+    TOP1,
+    Axis,
+    Panel,
+    Points,
+    Timeline,
+    downsampled,
+    has_data,
+    means,
+    time_unit,
+)
+from launch.run.metrics_file import read_run
 from launch.run.progress import WeightsKind
 from shards.files.output import check_output, write_output
 
 FORMATS = (".png", ".pdf", ".svg")
+# Okabe and Ito's colours, which colour-blind people can tell apart; black replaces yellow, which is too light on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MARKERS = {"eval": "o", "eval-ema": "^"}  # of the evaluations of the weights and of their EMA
+_MAX_MARKERS = 40  # of a curve; with more, they would merge
+_LOG_RANGE = 8.0  # smallest ratio of a panel's values for which a logarithmic axis has enough ticks
+_PALE: dict[str, Any] = {"alpha": 0.35, "linestyle": "solid"}
+_TICK_STEPS = (1, 2, 2.5, 5, 10)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a drawing."""
+
+    text: str = "#333333"
+    grid: str = "#dddddd"
+    lost: str = "#999999"
+    curves: Sequence[str] = COLOURS
+
+    def settings(self) -> dict[str, Any]:
+        """Return matplotlib's settings."""
+        return {
+            "axes.edgecolor": self.text,
+            "axes.labelcolor": self.text,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "grid.color": self.grid,
+            "text.color": self.text,
+            # Names of runs are no formulas.
+            "text.parse_math": False,
+            "xtick.color": self.text,
+            "ytick.color": self.text,
+        }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Look of a curve. Colours and dashes distinguish runs, or the series of one run; markers distinguish series."""
+
+    label: str
+    colour: int
+    dash: int
+    kind: str
 
 
 def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object] = log.warning) -> Path:
@@ -31,57 +90,148 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
     """
     out = out or run / "curves.png"
     check_output(out, "--out", FORMATS)
-    lines = final_timeline(read_run(run, warn))
+    write_output(out, figure([Timeline(run.resolve().name, read_run(run, warn))], out.suffix[1:].lower()), "--out")
+    return out
+
+
+def figure(runs: Sequence[Timeline], suffix: str) -> bytes:
+    """Return an image of all panels that have data, over the steps.
+
+    Args:
+        suffix: format of the image: png, pdf or svg.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    train = [line for line in lines if line["kind"] == "train"]
-    evals = {weights: [line for line in lines if line["kind"] == kind] for weights, kind in EVALUATION_KINDS.items()}
-    evals = {weights: found for weights, found in evals.items() if found}
-    panels = 3 if evals else 2  # a run without a validation split has no accuracies to plot
-    figure, (loss, rate, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 3.6), constrained_layout=True)
-    loss.plot(
-        [t["step"] for t in train],
-        [nan if t.get("loss") is None else t["loss"] for t in train],
-        label="training",
-        linewidth=1,
-    )
-    for weights, found in evals.items():
-        name = f", {WEIGHTS_NAMES[weights]}" if len(evals) > 1 else ""
-        loss.plot(*_column(found, "loss"), "o-", label=f"validation{name}", markersize=3)
-    loss.set(title="loss", xlabel="step", yscale="log")
-    loss.legend(frameon=False)
-    rate.plot([t["step"] for t in train], [t["lr"] for t in train], linewidth=1)
-    rate.set(title="learning rate", xlabel="step")
-    if rest:
-        _draw_accuracy(rest[0], evals)
-    for axes in (loss, rate, *rest):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    figure.savefig(image, format=out.suffix[1:].lower(), dpi=110)
-    plt.close(figure)
-    write_output(out, image.getvalue(), "--out")
-    return out
+    panels = [panel for panel in PANELS if has_data(panel, runs)]
+    theme = Theme()
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    with matplotlib.rc_context(theme.settings()):
+        drawing, grid = plt.subplots(
+            rows, columns, figsize=(4.4 * columns, 3.4 * rows), constrained_layout=True, squeeze=False
+        )
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            draw_panel(axes, panel, runs, "steps", theme)
+            axes.set_title(title(panel, runs), fontsize=10)
+            if entries := legend(panel, runs):
+                axes.legend(handles=[handle(entry, theme) for entry in entries], frameon=False, fontsize=8)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        if len(runs) > 1:
+            drawing.legend(
+                handles=[handle(entry, theme) for entry in run_legend(runs)], loc="outside lower center", ncols=3
+            )
+        image = io.BytesIO()
+        drawing.savefig(image, format=suffix, dpi=110)
+        plt.close(drawing)
+    return image.getvalue()
 
 
-def _draw_accuracy(axes: Any, evals: dict[WeightsKind, list[dict[str, Any]]]) -> None:
-    """Plot top-1 and top-5 accuracy of the weights and, if there is one, of their EMA; the title has the best top-1."""
-    for weights, found in evals.items():
-        name = f", {WEIGHTS_NAMES[weights]}" if len(evals) > 1 else ""
-        for metric in ("top1", "top5"):
-            steps, values = _column(found, metric)
-            label = f"{metric[:3]}-{metric[3:]}{name}"
-            axes.plot(steps, [100 * value for value in values], "o-", label=label, markersize=3)
-    tops = {weights: max(line["top1"] for line in found) for weights, found in evals.items()}
-    best = max(tops, key=lambda weights: tops[weights])  # if values are equal, max returns the first: the weights
-    name = f" ({WEIGHTS_NAMES[best]})" if len(evals) > 1 else ""
-    axes.set(title=f"validation accuracy, best {tops[best]:.2%}{name}", xlabel="step", ylabel="%")
-    axes.legend(frameon=False)
+def draw_panel(axes: Any, panel: Panel, runs: Sequence[Timeline], axis: Axis, theme: Theme) -> None:
+    """Draw the curves of a panel, with an x label and without a title.
+
+    Work that was lost in a crash is gray. Of a long curve of training, the mean is drawn over the curve.
+    """
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    unit_name, unit = time_unit(runs)
+    limit = max(MAX_POINTS // len(runs), 4 * MEANS)
+    values = []
+    for number, run in enumerate(runs):
+        for series, look in zip(panel.series, _looks(panel, runs, number), strict=True):
+            lost, points = (run.points(series, axis, unit, lost=lost) for lost in (True, False))
+            _plot(axes, downsampled(lost, limit), look, color=theme.lost, zorder=1.5, linewidth=1)
+            long = look.kind == "train" and is_long(len(points[0]))
+            colour = theme.curves[look.colour % len(theme.curves)]
+            _plot(axes, downsampled(points, limit), look, color=colour, **_PALE if long else {})
+            if long:
+                _plot(axes, means(points), look, color=colour, linewidth=1.8)
+            values.append(points[1])
+        colour = theme.curves[number % len(theme.curves)] if len(runs) > 1 else theme.text
+        for place in run.interruptions(axis, unit):
+            axes.axvline(place, color=colour, linestyle=(0, (1, 3)), linewidth=0.8, zorder=1)
+    positive = np.concatenate(values)
+    positive = positive[positive > 0]
+    if panel.logarithmic and len(positive) and positive.max() > _LOG_RANGE * positive.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS, integer=axis == "steps"))
+    if axis == "steps":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel({"steps": "step", "epochs": "epoch", "time": unit_name}[axis])
+    axes.grid(alpha=1, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
-def _column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps of metrics lines, and the value called `name` of each line."""
-    return [line["step"] for line in lines], [line[name] for line in lines]
+def is_long(points: int) -> bool:
+    """Return whether the mean of a curve is drawn over it."""
+    return points > 4 * MEANS
+
+
+def _plot(axes: Any, points: Points, look: Curve, **settings: Any) -> None:
+    count = np.isfinite(points[1]).sum()
+    if not count:
+        return
+    training = look.kind == "train"
+    # The line of a single point would be invisible.
+    marker = "o" if count == 1 else None if training or count > _MAX_MARKERS else MARKERS[look.kind]
+    defaults: dict[str, Any] = {"linewidth": 1.1 if training else 1.6, "zorder": 2 if training else 3, "markersize": 4}
+    defaults["linestyle"] = DASHES[look.dash % len(DASHES)]
+    axes.plot(*points, marker=marker, **defaults | settings)
+
+
+def _looks(panel: Panel, runs: Sequence[Timeline], number: int) -> list[Curve]:
+    """Return the look of each series of run `number`."""
+    several = len(runs) > 1
+    return [
+        Curve(series.name, number if several else place, number if several else 0, series.kind)
+        for place, series in enumerate(panel.series)
+    ]
+
+
+def legend(panel: Panel, runs: Sequence[Timeline]) -> list[Curve]:
+    """Return the entries of a panel's legend: its series, if it shows several. Of several runs, colours mean runs."""
+    shown = [
+        look
+        for series, look in zip(panel.series, _looks(panel, runs, 0), strict=True)
+        if any(line["kind"] == series.kind for run in runs for line in run.lines)
+    ]
+    if len(shown) < 2:
+        return []
+    return [Curve(look.label, -1, 0, look.kind) if len(runs) > 1 else look for look in shown]
+
+
+def run_legend(runs: Sequence[Timeline]) -> list[Curve]:
+    """Return the entries of the legend of several runs."""
+    return [Curve(run.name, number, number, "train") for number, run in enumerate(runs)]
+
+
+def handle(entry: Curve, theme: Theme) -> Any:
+    """Return matplotlib's handle of a legend entry."""
+    from matplotlib.lines import Line2D
+
+    colour = theme.text if entry.colour < 0 else theme.curves[entry.colour % len(theme.curves)]
+    dash = DASHES[entry.dash % len(DASHES)]
+    return Line2D([], [], color=colour, linestyle=dash, marker=MARKERS.get(entry.kind), markersize=4, label=entry.label)
+
+
+def title(panel: Panel, runs: Sequence[Timeline]) -> str:
+    """Return a panel's title, with the best accuracy if there is one run."""
+    if panel.title != TOP1 or len(runs) > 1 or (best := runs[0].best()) is None:
+        return panel.heading
+    return f"{panel.title}, best {best[0]:.2%}{best_name(runs[0], best)}"
+
+
+def best_name(run: Timeline, best: tuple[float, WeightsKind]) -> str:
+    """Return which weights reached the best accuracy, in parentheses, if the run has an EMA."""
+    return f" ({WEIGHTS_NAMES[best[1]]})" if any(line["kind"] == "eval-ema" for line in run.lines) else ""

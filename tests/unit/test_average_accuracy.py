@@ -14,7 +14,6 @@ from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.machine.world import World
 from launch.monitor import metrics
-from launch.monitor.curves import draw_curves
 from launch.monitor.metrics import Metrics
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.progress import Progress, WeightsKind
@@ -22,10 +21,6 @@ from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 
 LOSS = {"top5": 1.0, "loss": 1.0, "samples": 3}
-TRAIN = {
-    **{"kind": "train", "time": 9.0, "step": 1, "epoch": 1, "lr": 1e-3, "images_per_second": 9.0, "loss": 2.0},
-    **{"steps": 1, "seconds": 1.0, "data_wait": 0.0},
-}
 
 
 Make = Callable[[], Metrics]
@@ -107,40 +102,6 @@ def test_run_without_evaluation_has_no_best(tracking: Make, tmp_path: Path, caps
     tracker.finish(Progress(step=2))
     assert "best" not in capsys.readouterr().err
     assert json.loads((tmp_path / METRICS_NAME).read_text().splitlines()[-1])["best"] is None
-
-
-def plot(run: Path, *lines: dict[str, object]) -> str:
-    """Return the curves as SVG, in which matplotlib writes every text as a comment."""
-    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return draw_curves(run, run / "curves.svg").read_text()
-
-
-def line(kind: str, step: int, top1: float) -> dict[str, object]:
-    return {"kind": kind, "time": 9.0, "step": step, "epoch": 1, "top1": top1, **LOSS}
-
-
-def test_curves_show_the_average_and_the_best(tmp_path: Path) -> None:
-    drawn = plot(tmp_path, TRAIN, line("eval", 1, 0.5), line("eval-ema", 1, 0.25), line("eval-ema", 2, 0.875))
-    for text in (
-        "validation accuracy, best 87.50% (moving average)",
-        "top-1, moving average",
-        "top-1, weights",
-        "validation, moving average",
-    ):
-        assert f"<!-- {text} -->" in drawn, text
-
-
-def test_curves_of_a_run_without_average_do_not_mention_it(tmp_path: Path) -> None:
-    drawn = plot(tmp_path, TRAIN, line("eval", 1, 0.5))
-    assert "<!-- validation accuracy, best 50.00% -->" in drawn
-    assert "average" not in drawn
-    assert "weights" not in drawn
-
-
-def test_curves_of_a_run_without_evaluation_have_no_accuracy_panel(tmp_path: Path) -> None:
-    drawn = plot(tmp_path, TRAIN)
-    assert "<!-- learning rate -->" in drawn
-    assert "accuracy" not in drawn
 
 
 def test_status_contains_the_best(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.machine.device_peaks import DevicePeaks
 from launch.monitor.metrics import Display
-from launch.report import main as report_main
 from launch.roofline import Roofline
 from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
@@ -131,26 +130,33 @@ def test_unwritable_output_is_rejected_before_the_work(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Set and weights do not exist, but the error is that of the output path, which is checked first."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
     none = tmp_path / "no-set"
-    for path, fact in bad_outputs(tmp_path, ".png").items():
+    for path, fact in bad_outputs(tmp_path, ".html" if command == "report" else ".png").items():
         arguments: dict[str, tuple[Any, ...]] = {
             "look": ("look", none, "--out", path),
             "bench": ("bench", none, "--chart", path),
             "evaluate": ("w.safetensors", "--data", none, "--json", path),
-            "report": (tmp_path / "run", "--out", path),
+            "report": ("report", none, "--out", path),
         }
-        if command in ("look", "bench"):
-            assert pipeline([*map(str, arguments[command])]) == 2
+        if command == "evaluate":
+            assert run(evaluate, *arguments[command]) == 2
         else:
-            assert run(evaluate if command == "evaluate" else report_main, *arguments[command]) == 2
+            assert pipeline([*map(str, arguments[command])]) == 2
         shown = capsys.readouterr().err
         assert fact in shown
         assert shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [("look", "SET", "--out", "x.xyz"), ("bench", "SET", "--chart", "x.xyz")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("look", "SET", "--out", "x.xyz"),
+        ("bench", "SET", "--chart", "x.xyz"),
+        ("report", "RUN", "--out", "x.xyz"),
+        ("report", "RUN", "--png", "x.xyz"),
+    ],
+    ids=" ".join,
+)
 def test_unknown_figure_format_is_rejected(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(list(arguments)) == 2
     assert "x.xyz: expected a file name that ends in" in capsys.readouterr().err
