@@ -42,6 +42,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e '.[demo]'
 	@touch $@
 
+# trackio has a folder of its own, because no version of it allows the pinned version of Pillow, so that pip would report
+# a conflict whenever it installs another package.
 $(FOR_TESTS): $(INSTALLED)
 	@echo "installing the additional packages for the tests"
 	@$(HAVE_FFCV) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
@@ -50,7 +52,8 @@ $(FOR_TESTS): $(INSTALLED)
 	@$(HAVE_BROWSER) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER) >/dev/null; }
 	@$(HAVE_BROWSER) || echo "note: Chromium is missing and tests of reports will be skipped; to run them, install $(BROWSER)"
-	@$(PIP_INSTALL) -e ".[demo,dev,docs,onnx,remote,parquet,formats,track$$($(HAVE_FFCV) && echo ,ffcv)]"
+	@$(PIP_INSTALL) -e ".[demo,dev,docs,onnx,remote,parquet,formats,tensorboard,wandb,mlflow$$($(HAVE_FFCV) && echo ,ffcv)]"
+	@$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/trackio trackio gradio_client orjson
 	@touch $@
 
 demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png and report.html in demo/

@@ -82,6 +82,8 @@ def train(recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, 
     if previous is not None and previous.status == "finished" and state.step == feed.last_step:
         with folder:
             DISPLAY.print(already_finished(state, folder.path))
+        if trackers is not None:
+            trackers.finish()
         return
     DISPLAY.phase("starting the loader")
     start = StartInfo(previous=previous, restore_seconds=restore, queued=queued_at())

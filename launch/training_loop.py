@@ -11,7 +11,7 @@ from launch.engine.loss import SampleResults
 from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.monitor.metrics import Metrics
-from launch.monitor.pictures import save_evaluation, save_first_batch
+from launch.monitor.pictures import FIRST_BATCH_NAME, HARDEST_NAME, save_evaluation, save_first_batch
 from launch.profiling.profiler import StepProfiler
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested
@@ -75,6 +75,7 @@ class TrainingLoop:
         batches = self.metrics.next_batches(self.train_loader, self.feed.shape.accumulation)
         if step == 0 and self.engine.world.is_main:
             self.metrics.print(*save_first_batch(self.folder.path, self.feed, batches[0]))
+            self.metrics.log_picture("train/images", FIRST_BATCH_NAME, step=1)
         result = self.engine.step(batches, step=step, lr=self.lr(step))
         self.guards.note(step, result, batches)
         self.metrics.add_step(step, self.lr(step), result)
@@ -131,6 +132,7 @@ class TrainingLoop:
         messages = self._save_evaluation(samples[best], best)
         results[best]["seconds"] += time.perf_counter() - started
         self.state = self.state.evaluated(self.metrics.log_evaluation(self.state.step, results))
+        self.metrics.log_picture("eval/hardest", HARDEST_NAME, step=self.state.step)
         self.metrics.show_best(self.state)
         self.metrics.print(*messages)
 

@@ -276,6 +276,11 @@ class Metrics:
         self.view.evaluation_seconds = sum(result.get("seconds", 0.0) for result in results.values()) / every
         return self._last
 
+    def log_picture(self, name: str, file: str, *, step: int) -> None:
+        """Log an image file of the run folder, if it exists, to the trackers under `name`."""
+        if self._trackers is not None:
+            self._trackers.log_picture(name, self._recipe.run.out / file, step=step)
+
     def show_best(self, progress: Progress) -> None:
         """Show the best accuracy so far."""
         self.view.best_accuracy = _best(progress)

@@ -103,23 +103,28 @@ class Trackers:
         if not numbers:
             return
         for backend, thread in self._trackers.values():
-            if not backend.continues or step > self._logged.get(kind, -1):
+            if self._is_new(backend, kind, step):
                 thread.submit(lambda backend=backend: backend.log(numbers, step))  # type: ignore[misc]
 
     def log_picture(self, name: str, path: Path, *, step: int) -> None:
-        """Log an image file, if it exists.
+        """Log an image file, if it exists, unless an earlier start of the run has logged this step.
 
         Args:
-            name: such as "train/images".
+            name: kind of metrics line and name, as in "train/images".
         """
-        if path.exists():
-            for backend, thread in self._trackers.values():
+        if not path.exists():
+            return
+        for backend, thread in self._trackers.values():
+            if self._is_new(backend, name.partition("/")[0], step):
                 thread.submit(lambda backend=backend: backend.log_picture(name, path, step))  # type: ignore[misc]
 
     def finish(self) -> None:
         """Send the last values and close the trackers. Waits at most `FINISH_SECONDS` for each."""
         for backend, thread in self._trackers.values():
             thread.finish(backend.finish, timeout=FINISH_SECONDS)
+
+    def _is_new(self, backend: Backend, kind: str, step: int) -> bool:
+        return not backend.continues or step > self._logged.get(kind, -1)
 
     def messages(self) -> list[str]:
         """Return warnings since the last call."""

@@ -25,4 +25,5 @@ def test_tensorboard_reads_each_step_of_a_killed_and_resumed_run_once(
 
     steps = tensorboard_steps(run)
     assert steps["train/loss"] == steps["train/lr"] == list(range(1, 13))
-    assert steps["eval/top1"] == [12]
+    assert steps["eval/top1"] == steps["eval/hardest"] == [12]
+    assert steps["train/images"] == [1]

@@ -37,6 +37,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
         "HF_HOME": str(home),
         "OMP_WAIT_POLICY": "PASSIVE",
         "WANDB_MODE": "offline",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
 
     def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:

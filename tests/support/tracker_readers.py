@@ -1,4 +1,4 @@
-"""Read what a tracker has stored on this machine, with its own library where that offers a reader."""
+"""Let trackers store their values on this machine, and read them, if possible with their own libraries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from launch.config.recipe import Recipe
+from launch.config.run import LogConfig, RunConfig
+
 Steps = dict[str, list[int]]
 """For each logged name, the steps of its values in the order in which they are stored."""
 TRACKIO_FOLDER = Path(sys.prefix) / "trackio"
 """Where `make test` installs trackio, because no version of it allows the pinned version of Pillow."""
+
+
+def recipe(tracker: str, out: Path, project: str | None = None) -> Recipe:
+    """Return a recipe with a tracker."""
+    return Recipe(log=LogConfig(tracker=(tracker,), tracker_project=project), run=RunConfig(out=out))  # type: ignore[arg-type]
 
 
 def library_of(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +49,8 @@ def keep_on_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # it has read the environment of an earlier test
     for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it has read TRACKIO_DIR
 
