@@ -57,10 +57,11 @@ from launch.run.progress import Progress
 from launch.run.status import EXIT_STATUS, Preempted, Status, StatusContent, read_previous, read_status, write_status
 from launch.training_loop import TrainingLoop
 from shards.errors import UserError, first_line, open_files_error
-from shards.redact import printable
 
 
-def train(recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, previous: StatusContent | None = None) -> None:
+def train(
+    recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, previous: StatusContent | None = None
+) -> None:
     """Train a recipe's model, then write the last checkpoint, the weights and the curves. Collective.
 
     Args:
@@ -100,7 +101,9 @@ def train(recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, 
         metrics.saved_at = lambda: folder.saved_at
         resolved |= train_loader.resolved
         metrics.log_start(*resume_messages, *messages, *engine.notes, *feed.advice(), resolved=resolved)
-        loop = TrainingLoop(feed, engine, folder, metrics, preemption, watchdog, profiler, train_loader, val_loader, state)
+        loop = TrainingLoop(
+            feed, engine, folder, metrics, preemption, watchdog, profiler, train_loader, val_loader, state
+        )
         signals.say, signals.unsaved = metrics.print, lambda: Unsaved(loop.state.step, folder.newest_step)
         loop.run()
         signals.phase = Phase.FINISHING

@@ -189,12 +189,6 @@ class RunFolder:
         """Call `function` on rank 0 and return its result on every rank. Collective."""
         return broadcast_from_rank0(function, self._engine.world)
 
-    @property
-    def newest_step(self) -> int | None:
-        """Step of the newest checkpoint; None: there is none."""
-        saved = self._writer.saved or self._resumed
-        return saved.step or None
-
     def save_errors(self) -> list[str]:
         """Return the errors of failed saves since the last call."""
         return self._writer.errors()

@@ -20,7 +20,8 @@ TOO_WIDE = """[...document.body.querySelectorAll('*')].filter(
 TEXT_HEIGHTS = """[...document.querySelectorAll('.charts text')].map(text => text.getBoundingClientRect().height)
     .filter(height => height > 0)"""
 # Mean of red, green and blue of the page's text, 0 to 1.
-BRIGHTNESS = """getComputedStyle(document.body).color.match(/\\d+/g).reduce((sum, part) => sum + Number(part), 0) / 765"""
+BRIGHTNESS = """getComputedStyle(document.body).color.match(/\\d+/g)
+    .reduce((sum, part) => sum + Number(part), 0) / 765"""
 LEGIBLE = 9.0
 PAPER = 703  # width of A4 without margins in CSS pixels
 
