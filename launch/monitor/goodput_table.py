@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.monitor.goodput import Goodput, goodput
 from launch.run.metrics_file import METRICS_NAME, read_run
-from launch.run.status import read_content
+from launch.run.status import StatusContent, read_content
 from shards.errors import UserError
 from shards.files.lock import STALE_SECONDS
 
@@ -32,7 +33,11 @@ def read_goodput(run: Path, warn: Callable[[str], object]) -> Goodput:
     lines = read_run(run, warn)
     if not lines:
         raise UserError(f"{run / METRICS_NAME}: contains no lines; start the run, or wait until its first step")
-    content = read_content(run)
+    return goodput_with_status(lines, read_content(run))
+
+
+def goodput_with_status(lines: Sequence[dict[str, Any]], content: StatusContent | None) -> Goodput:
+    """Return the goodput of a run from the lines of its metrics, at least one, and the content of RUN/status."""
     status: str | None = content.status if content else None
     alive: float | None = getattr(content, "time", None)
     if status != "running":

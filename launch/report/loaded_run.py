@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fat
-from launch.monitor.goodput import Goodput, goodput
+from launch.monitor.goodput import Goodput
+from launch.monitor.goodput_table import goodput_with_status
 from launch.monitor.panels import Timeline
 from launch.run.evaluation_record import EvaluationRecord, read_evaluation
 from launch.run.files import read_regular
@@ -16,10 +17,8 @@ from launch.run.metrics_file import read_run
 from launch.run.saved_recipe import CLASSES_NAME, SavedRun, read_saved_run
 from launch.run.status import StatusContent, read_content
 from shards.errors import UserError
+from shards.files.lock import STALE_SECONDS
 from shards.format.manifest import MAX_MANIFEST_BYTES
-
-DIED_AFTER = 600.0
-"""Seconds without a sign of life after which a run that is called running has died. Evaluation and saving take less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +41,13 @@ class LoadedRun:
         return self.timeline.name
 
     def state(self, now: float | None = None) -> str:
-        """Return the status; "died" if the run is called running and has given no sign of life for `DIED_AFTER`."""
+        """Return the status; "died" if the run is called running and has given no sign of life for `STALE_SECONDS`."""
         if self.status is None:
             return "unknown"
         if self.status.status != "running":
             return self.status.status
-        alive = max(self.timeline.lines[-1]["time"], getattr(self.status, "time", None) or 0.0)
-        return "died" if (time.time() if now is None else now) - alive > DIED_AFTER else "running"
+        alive = max(self.timeline.lines[-1]["time"], self.status.time)
+        return "died" if (time.time() if now is None else now) - alive > STALE_SECONDS else "running"
 
 
 def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
@@ -87,7 +86,7 @@ def _load(path: Path, name: str) -> LoadedRun:
         evaluation = read_evaluation(path)
     except UserError as error:
         notes.append(str(error))
-    spent = goodput(timeline.lines, status=status.status if status else None, alive=getattr(status, "time", None))
+    spent = goodput_with_status(lines, status)
     return LoadedRun(
         path=path, timeline=timeline, goodput=spent, status=status, saved=saved, classes=classes,
         evaluation=evaluation, notes=(*notes, *spent.notes),

@@ -21,6 +21,7 @@ from launch.report.summary import clock, duration, paper_accuracy, summarize
 from shards.redact import printable
 
 FOLDER = Path(__file__).parent
+SHORT = 0.05  # seconds that are not shown
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _shares(run: LoadedRun) -> list[Share]:
     return [
         Share(name, number, duration(seconds), run.goodput.fractions[name])
         for number, (name, seconds) in enumerate(run.goodput.categories.items())
-        if seconds > 0
+        if seconds >= SHORT
     ]
 
 

@@ -13,7 +13,7 @@ import fat
 from launch.cli import main as pipeline
 from launch.config.optim import OptimConfig
 from launch.config.recipe import Recipe
-from launch.report.loaded_run import DIED_AFTER, load_runs
+from launch.report.loaded_run import load_runs
 from launch.report.mistakes import THUMBNAIL_BYTES, mistakes
 from launch.report.options import differences
 from launch.report.summary import duration, paper_accuracy, summarize
@@ -21,7 +21,8 @@ from launch.run.evaluation_record import RECORD_NAME
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
 from launch.run.status import write_status
-from tests.support.run_folders import BEGAN, record, write_run
+from shards.files.lock import STALE_SECONDS
+from tests.support.run_folders import record, write_run
 
 MAX_BYTES = 5_000_000
 MAX_ELEMENTS = 20_000  # Chromium opens a page of so many within a second
@@ -187,11 +188,12 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path: Path) -> None
 
 def test_run_that_gives_no_sign_of_life_has_died(tmp_path: Path) -> None:
     (run,) = load_runs([write_run(tmp_path / "run", status="running")])
-    last = run.timeline.lines[-1]["time"]
-    assert run.state(now=last + 1) == "running"
-    assert run.state(now=last + DIED_AFTER + 1) == "died"
+    assert run.status is not None
+    renewed = run.status.time
+    assert run.state(now=renewed + 1) == "running"
+    assert run.state(now=renewed + STALE_SECONDS + 1) == "died"
     (finished,) = load_runs([write_run(tmp_path / "finished")])
-    assert finished.state(now=BEGAN + 1e9) == "finished"
+    assert finished.state(now=1e12) == "finished"
 
 
 @pytest.mark.parametrize("name", ["status", RECIPE_NAME, CLASSES_NAME, RECORD_NAME])
