@@ -63,12 +63,13 @@ def report_unexpected(error: Exception, ended: Callable[[], bool]) -> None:
     Args:
         ended: returns whether the launcher has already asked this rank to end.
     """
-    _write_error_file(printable(f"{_prefix()}{type(error).__name__}: {error}"), time.time())
+    failed_at = time.time()
     if has_other_ranks():
         if ended():
             os._exit(128 + signal.SIGTERM)
         wait_for_end()
     print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
+    _write_error_file(printable(f"{_prefix()}{type(error).__name__}: {error}"), failed_at)
 
 
 def _prefix() -> str:

@@ -97,12 +97,13 @@ class StopSignals:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Set the phase for a block."""
+        """Set the phase for a block, which may be a generator that is closed only later."""
         before, self.phase = self.phase, phase
         try:
             yield
         finally:
-            self.phase = before
+            if self.phase is phase:
+                self.phase = before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Remember the request. Called in the main thread, so that it is complete before the next statement."""

@@ -61,6 +61,14 @@ class BackgroundWriter:
                 self._errors.append(self.reason)
         return self.failures == 0
 
+    @property
+    def newest(self) -> Progress | None:
+        """Progress in the newest checkpoint that is complete now. Any thread may read it; it does not wait."""
+        pending = self._pending
+        if pending is not None and pending[0].done() and pending[0].exception() is None:
+            return pending[1]
+        return self.saved
+
     def errors(self) -> list[str]:
         """Return the errors of saves since the last call, without waiting for the current save."""
         if self._pending is not None and self._pending[0].done():

@@ -237,8 +237,7 @@ class RunFolder:
     @property
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint; None: there is none."""
-        saved = self._writer.saved or self._resumed
-        return saved.step or None
+        return (self._writer.newest or self._resumed).step or None
 
     @property
     def saved_at(self) -> float | None:

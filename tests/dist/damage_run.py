@@ -19,6 +19,7 @@ import xxhash
 from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.world import World, run_command
+from launch.resilience.stop_signals import StopSignals
 from launch.train import run_recipe
 from pipeline.batch import Batch
 
@@ -31,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     mode, *arguments = sys.argv[1:]
     commands = {
-        "train": lambda: run_recipe(parse(arguments)),
+        "train": lambda: run_recipe(parse(arguments), StopSignals()),
         "read": lambda: read(Path(arguments[0]), arguments[1:]),
     }
     sys.exit(run_command(commands[mode]))

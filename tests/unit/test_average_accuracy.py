@@ -15,6 +15,7 @@ from launch.config.run import RunConfig
 from launch.machine.world import World
 from launch.monitor import metrics
 from launch.monitor.metrics import Metrics
+from launch.monitor import metrics
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import read_content, write_status
@@ -30,7 +31,9 @@ Make = Callable[[], Metrics]
 def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Return a function that creates the Metrics of a run in `tmp_path`, which print to the current stderr."""
     monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
-    feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
+    feed = SimpleNamespace(
+        plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)), last_step=3, classes=10
+    )
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
     return lambda: Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
 

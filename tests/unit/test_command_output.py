@@ -94,7 +94,7 @@ def test_class_names_are_printed_literally(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_log_lines_are_printed_literally_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Display(enabled=True, total_steps=1, done=0)
+    display = Display(enabled=True)
     display.print(f"{MARKUP} a\nb")
     assert capsys.readouterr().err == f"{MARKUP} a\\nb\n"
 

@@ -21,6 +21,7 @@ from launch.engine.engine import Engine
 from launch.engine.kernel_check import KernelCheckResult
 from launch.feed import Feed
 from launch.machine.world import World
+from launch.resilience.stop_signals import StopSignals
 from launch.run import checkpoint
 from launch.run.checkpoint import CheckpointError
 from launch.run.checkpoint_writer import MAX_FAILURES
@@ -143,7 +144,8 @@ def test_requeued_slurm_job_resumes_despite_resume_never(
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     if restarts is not None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    assert run_recipe(parse(["--data", "x", "--out", str(tmp_path), "--resume", option, "--dry-run"])) == 0
+    recipe = parse(["--data", "x", "--out", str(tmp_path), "--resume", option, "--dry-run"])
+    assert run_recipe(recipe, StopSignals()) == 0
     assert seen == [resume]
 
 
