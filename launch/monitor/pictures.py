@@ -6,6 +6,7 @@ The pictures are for people only: a failure to read or draw an image, or to writ
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 FIRST_BATCH_NAME = "first-batch.jpg"
 HARDEST_NAME = "hardest.jpg"
+log = logging.getLogger(__name__)
+
 _FIRST_BATCH_IMAGES = 32
 _SHORT_SIDE, _LONG_SIDE = 96, 192  # of thumbnails, in pixels
 _SHEET_SIDE = 160  # of an image in hardest.jpg
@@ -145,7 +148,8 @@ def _thumbnail(encoded: Encoded, row: int) -> bytes | None:
         scale = min(1.0, _SHORT_SIDE / min(image.size), _LONG_SIDE / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         jpeg = _jpeg(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
-    except Exception:  # Pillow raises exceptions of many types
+    except Exception as error:  # Pillow raises exceptions of many types
+        log.debug("no thumbnail of sample %d: %s", row, error)
         return None
     return jpeg if len(jpeg) <= MAX_THUMBNAIL else None
 

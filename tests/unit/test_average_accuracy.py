@@ -15,7 +15,6 @@ from launch.config.run import RunConfig
 from launch.machine.world import World
 from launch.monitor import metrics
 from launch.monitor.metrics import Metrics
-from launch.monitor import metrics
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import read_content, write_status
@@ -32,7 +31,9 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Return a function that creates the Metrics of a run in `tmp_path`, which print to the current stderr."""
     monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
     feed = SimpleNamespace(
-        plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)), last_step=3, classes=10
+        plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)),
+        last_step=3,
+        classes=10,
     )
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
     return lambda: Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
@@ -82,12 +83,12 @@ def test_log_and_metrics_have_both_accuracies_and_the_best(
     top1 = tracker.log_evaluation(2, results(weights=0.5, average=0.625))
     progress = progress.after(2, Position(0, 2)).evaluated(top1)
     tracker.finish(progress)
-    said = capsys.readouterr().err.splitlines()
+    said = [line[len("2026-11-28 23:30:36 ") :] for line in capsys.readouterr().err.splitlines()]
     assert [line.split(", top-5")[0] for line in said[:4]] == [
-        "epoch 0, weights: top-1 25.00%",
-        "epoch 0, moving average: top-1 75.00%",
-        "epoch 0, weights: top-1 50.00%",
-        "epoch 0, moving average: top-1 62.50%",
+        "epoch 1, weights: top-1 25.00%",
+        "epoch 1, moving average: top-1 75.00%",
+        "epoch 1, weights: top-1 50.00%",
+        "epoch 1, moving average: top-1 62.50%",
     ]
     assert said[4].endswith(", best top-1 75.00% (moving average); at the end: weights 50.00%, moving average 62.50%")
     lines = [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()]

@@ -15,8 +15,8 @@ from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.engine.engine import StepResult
 from launch.machine.world import World
-from launch.monitor.curves import draw_curves
 from launch.monitor import metrics
+from launch.monitor.curves import draw_curves
 from launch.run.metrics_file import METRICS_NAME, MetricsLog, check_metrics, read_metrics
 from launch.run.progress import Progress
 from pipeline.plan import Position
@@ -163,7 +163,9 @@ def test_data_wait_is_the_waiting_time_of_the_device(tmp_path: Path, monkeypatch
     monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
     world = World(0, 1, 0, 1, torch.device("cpu"))
     feed = SimpleNamespace(
-        plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)), last_step=3, classes=10
+        plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)),
+        last_step=3,
+        classes=10,
     )
     engine = SimpleNamespace(world=world, description="")
     clock = iter(range(100))
