@@ -87,8 +87,10 @@ def trackio_steps(run: Path, project: str) -> Steps:
 
 def wandb_steps(folder: Path, run: Path) -> Steps:
     """Read the records of all offline starts of a run."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its process has written the files
     steps: Steps = defaultdict(list)
     for path in sorted(folder.glob(f"wandb/offline-run-*-{(run / 'wandb-id').read_text().strip()}/*.wandb")):
         for content in _records(path):
