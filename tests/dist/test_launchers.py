@@ -63,7 +63,7 @@ def test_an_error_of_all_ranks_is_printed_once_and_last(tmp_path: Path, name: st
     if name in ("pipeline", "accelerate"):
         assert "Traceback" not in done.stderr
     if name == "pipeline":
-        assert done.stderr == f"{error}\n"
+        assert done.stderr.endswith(f"\n{error}\n")
 
 
 def test_wrong_usage_is_printed_once_by_several_ranks(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_ctrl_c_at_a_terminal_saves_before_the_prompt_returns(
         processes = ranks_of(run)
         screen = terminal.screen()
     assert end == f"STATUS={expected}"
-    assert before.startswith("saved and stopping: SIGINT"), screen
+    assert "saved and stopping: SIGINT" in before, screen
     assert screen.count("SIGINT: finishing this step, then saving; press Ctrl-C again to stop without saving") == 1
     assert "Traceback" not in screen
     assert status(run)["status"] == "preempted"

@@ -42,13 +42,13 @@ class Terminal:
         """Return what the terminal shows, without spaces at the ends of lines."""
         return self._tmux("capture-pane", "-p", "-J").rstrip()
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, seconds: float = 60) -> None:
         """Wait until the screen shows a text."""
-        wait_until(lambda: text in self.screen(), f"{text!r} on the screen", interval=0.1)
+        wait_until(lambda: text in self.screen(), f"{text!r} on the screen", seconds, interval=0.1)
 
-    def end(self) -> list[str]:
+    def end(self, seconds: float = 60) -> list[str]:
         """Wait for the end of the command; return the lines on the screen, of which the last one is STATUS=N."""
-        wait_until(lambda: "\nSTATUS=" in self.screen(), "the shell's prompt", interval=0.1)
+        wait_until(lambda: "\nSTATUS=" in self.screen(), "the shell's prompt", seconds, interval=0.1)
         lines = self.screen().splitlines()
         return lines[: next(number for number, line in enumerate(lines) if line.startswith("STATUS=")) + 1]
 
