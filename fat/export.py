@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -25,22 +26,40 @@ def export_program(model: Trunk) -> ExportedProgram:
     return export(copy.deepcopy(model).eval(), (images,), dynamic_shapes=(DYNAMIC_SHAPES,))
 
 
-def export_onnx(model: Trunk, path: str | Path) -> None:
+def export_onnx(model: Trunk, path: str | Path, *, verbose: bool = True) -> None:
     """Write the model in eval mode to an ONNX file.
 
     The input is `images`; the output is `logits`, or `map4`, `map8`, `map16` and `map32` of a feature extractor. Batch
     size, height and width are dynamic as in `export_program`. Requires the packages onnx and onnxscript. For inference
     in fp32, export `fuse(model)`, which has fewer operations.
+
+    Args:
+        verbose: print what is being done to standard error, because it takes up to a minute.
+
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
     """
+
+    def say(text: str) -> None:
+        if verbose:
+            print(f"ONNX export: {text}", file=sys.stderr, flush=True)
+
+    if not Path(path).parent.is_dir():  # before the work
+        raise FileNotFoundError(f"{Path(path).parent}: no such folder; create it first")
     names = [f"map{r}" for r in model.feature_info.reduction()] if isinstance(model, FATFeatures) else ["logits"]
-    torch.onnx.export(
-        export_program(copy.deepcopy(model).cpu()),
+    say("1 of 3, tracing the model")
+    program = export_program(copy.deepcopy(model).cpu())
+    say("2 of 3, translating the operations (the longest part)")
+    translated = torch.onnx.export(
+        program,
         (),
-        path,
         input_names=["images"],
         output_names=names,
         dynamic_shapes=(DYNAMIC_SHAPES,),  # only names the dimensions in the file; the program is already dynamic
         dynamo=True,
-        external_data=False,
         verbose=False,
     )
+    say("3 of 3, writing the file")
+    assert translated is not None
+    translated.save(path, external_data=False)
+    say(f"wrote {path} ({Path(path).stat().st_size / 1e6:,.1f} MB)")

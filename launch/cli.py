@@ -18,14 +18,18 @@ import tyro
 from annotated_types import Interval
 from tyro.conf import subcommand
 
+from launch.machine.standard_streams import open_missing_streams
 from launch.report.command import Report
 from pipeline.look import Look
-from shards.commands.command_line import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
+from shards.command import check_options, check_subcommand, main_program, option_names
+from shards.commands.command_line import Index, SampleDigits, SamplePhotos, Shard
+from shards.commands.inspect import Info, Verify
 from shards.cores import limit_openmp
 from shards.errors import UserError, open_files_error, report
-from shards.files.output import check_output
+from shards.files.output import check_output, is_standard_output
 from shards.open_files import raise_limit
 from shards.option_help import default
+from shards.progress import Phases
 from shards.ranges import check_ranges
 from shards.redact import printable, protect_output
 
@@ -63,7 +67,7 @@ class Bench:
     steps: Annotated[Annotated[int, Interval(ge=1, le=1_000_000)] | None, default("30 on a GPU, 6 on CPUs")] = None
     """Optimizer steps per round of each measurement. There are three rounds."""
     json: Annotated[Path | None, default("not written")] = None
-    """JSON file to write, with all measurements."""
+    """JSON file to write, with all measurements; - writes it to standard output instead of the table."""
     chart: Path = Path("bench.png")
     """Bar chart to write: .png, .pdf or .svg."""
 
@@ -74,7 +78,7 @@ class Bench:
         import torch
 
         from launch.bench.chart import write_chart
-        from launch.bench.run import bench, write_json
+        from launch.bench.run import PHASES, bench, write_json
         from launch.bench.verdict import table
         from launch.engine.execution import kernels_from_environment
 
@@ -84,12 +88,16 @@ class Bench:
         cuda = torch.cuda.is_available()
         recipe = self._recipe(training, BENCH_BATCH["cuda" if cuda else "cpu"])
         steps = self.steps or (30 if cuda else 6)
-        with kernels_from_environment():
-            figures = bench(recipe, ranks=self.ranks, steps=steps)
-        print(*map(printable, table(figures).splitlines()), sep="\n")
+        with kernels_from_environment(), Phases("bench", PHASES) as progress:
+            figures = bench(recipe, ranks=self.ranks, steps=steps, progress=progress)
         if self.json is not None:
             write_json(figures, self.json)
         write_chart(figures, self.chart)
+        if not is_standard_output(self.json):
+            print(*map(printable, table(figures).splitlines()), sep="\n")
+        for path in (self.json, self.chart):
+            if path is not None and not is_standard_output(path):
+                _note(f"wrote {path}")
         return 0
 
     def _recipe(self, training: Sequence[str], rows: int) -> Recipe:
@@ -104,7 +112,7 @@ class Bench:
             return recipe
         smaller = _training_recipe(self.dataset, training, {"global_batch": rows * self.ranks})
         if smaller != recipe:
-            _print(f"neither --global-batch nor --micro-batch is set: measuring {rows} images per forward pass")
+            _note(f"neither --global-batch nor --micro-batch is set: measuring {rows} images per forward pass")
         return smaller
 
 
@@ -142,10 +150,10 @@ class Tune:
         targets = tuple(target for target in TARGETS if self.what in ("both", target))
         options = f"--ranks {self.ranks} --what {self.what} --seconds {self.seconds:g}"
         command = f"pipeline tune {shlex.quote(self.dataset)} {options} -- {shlex.join(training)}"
-        with kernels_from_environment():
-            text = tune(recipe, targets, ranks=self.ranks, seconds=self.seconds, command=command, say=_print)
+        with kernels_from_environment(), Phases("tune") as progress:
+            text = tune(recipe, targets, ranks=self.ranks, seconds=self.seconds, command=command, progress=progress)
         write_fragment(self.out, text)
-        _print(f"wrote {self.out}; train with --recipe {self.out}")
+        _note(f"wrote {self.out}; train with --recipe {self.out}")
         return 0
 
 
@@ -205,7 +213,9 @@ def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, A
     """
     from launch.config.command_line import parse
 
-    recipe = parse(["--data", dataset, *training], defaults={"data": data or {}}, prog="-- [training options]")
+    own = {"an option of the command, not of training; write it before --": option_names(Bench) | option_names(Tune)}
+    arguments, prog = ["--data", dataset, *training], "-- [training options]"
+    recipe = parse(arguments, defaults={"data": data or {}}, prog=prog, elsewhere=own)
     if recipe.data.data != dataset:
         raise UserError(f"--data {recipe.data.data}: differs from the set {dataset} of the command; omit --data")
     return recipe
@@ -226,35 +236,39 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _check_train_options(args: Sequence[str]) -> None:
-    """Reject training options that do not follow after `--`, with a hint."""
-    own = ("--processes", "-h", "--help")
-    for arg in args:
-        if arg.startswith("-") and arg.partition("=")[0] not in own:
-            raise UserError(f"{arg}: options of the training follow after --, as in: pipeline train -- {arg} ...")
+SAMPLES: dict[str, type] = {"digits": SampleDigits, "photos": SamplePhotos}
 
 
-def _print(line: str) -> None:
-    print(printable(line))
+def _note(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
 
 
-DESCRIPTION = "Create, verify, view and measure shard sets for training vision backbones, and train on them."
+DESCRIPTION = """Create, verify, view and measure shard sets for training vision backbones, and train on them.
+
+pipeline COMMAND --help lists the options of a command, and pipeline --version prints the versions."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return the exit status: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
-    return interruptible(lambda: _run(list(sys.argv[1:] if args is None else args)))
+    """Run one subcommand; return the exit status (docs/troubleshooting.md).
+
+    0: done, 1: failed, 2: invalid input, 130: interrupted.
+    """
+    return interruptible(lambda: _main(list(sys.argv[1:] if args is None else args)))
 
 
-def _run(args: list[str]) -> int:
+def _main(args: list[str]) -> int:
+    open_missing_streams()
     protect_output()
     limit_openmp()
     raise_limit()
     end = args.index("--") if "--" in args else len(args)
-    args, training = args[:end], args[end + 1 :]
+    own, training = args[:end], args[end + 1 :]
+    return main_program(lambda: _run(own, training), own)
+
+
+def _run(args: Sequence[str], training: Sequence[str]) -> int:
     try:
-        if args[:1] == ["train"]:
-            _check_train_options(args[1:])
+        _check_names(args)
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
         )
@@ -267,13 +281,31 @@ def _run(args: list[str]) -> int:
         return int(command.run())
     except UserError as error:
         return report(error)
-    except BrokenPipeError:  # the program that reads the output has exited, as in `pipeline info SET | head`
-        sys.stderr.close()
-        return 1
     except Exception as error:
         if (known := open_files_error(error)) is None:
             raise
         return report(known)
+
+
+def _check_names(args: Sequence[str]) -> None:
+    """Raise UserError for a misspelt subcommand or option."""
+    if not args or args[0].startswith("-"):
+        return
+    check_subcommand(args[0], SUBCOMMANDS, command="pipeline")
+    command, kind = f"pipeline {args[0]}", SUBCOMMANDS[args[0]]
+    if kind is Sample:
+        if len(args) < 2 or args[1].startswith("-"):
+            return
+        check_subcommand(args[1], SAMPLES, command=command)
+        command, kind = f"{command} {args[1]}", SAMPLES[args[1]]
+    elsewhere = {}
+    if kind in (Bench, Train, Tune):
+        from launch.config.recipe import Recipe
+
+        example = f"{command} {'' if kind is Train else 'SET '}-- --variant b3"
+        advice = f"a training option; write training options after --: {example}"
+        elsewhere[advice] = option_names(Recipe) | {"--recipe"}
+    check_options(args, option_names(kind), command=command, elsewhere=elsewhere)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

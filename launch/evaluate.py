@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,21 +44,26 @@ from launch.engine.kernel_check import check_kernels
 from launch.engine.loss import MAX_TOP5, SampleResults, evaluate_batches
 from launch.engine.memory import check_device_memory
 from launch.evaluated_model import load_model
-from launch.machine.world import connect, run_command
+from launch.machine.standard_streams import open_missing_streams
+from launch.machine.world import World, connect, run_command
 from launch.monitor.confusion import confusions
 from launch.run.evaluation_record import EvaluationInfo, EvaluationRecord
 from pipeline.augment.recipe import AugmentRecipe
+from pipeline.batch import Batch
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
+from shards.command import check_options, main_program, option_names
 from shards.errors import UserError
-from shards.files.output import check_output, write_output
+from shards.files.output import check_output, is_standard_output, write_output
 from shards.format.manifest_fields import ClassEntry
 from shards.option_help import default
+from shards.progress import Progress
 from shards.ranges import check_ranges
 from shards.redact import printable
 
 WORST_CLASSES = WORST_CONFUSIONS = 5  # rows that are printed
 MAX_CONFUSIONS = 1000  # pairs of classes in the JSON file
+PROG = "launch/evaluate.py"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Evaluate:
     """bf16 = autocast to bfloat16; fp32 = float32; auto = bf16 on GPUs, fp32 on CPUs."""
     json: Annotated[Path | None, default("not written")] = None
     """JSON file to write, with the results in total and per class (by folder name), and the most frequent
-    confusions."""
+    confusions; - writes it to standard output instead of the table."""
     predictions: Annotated[Path | None, default("not written")] = None
     """.safetensors file to write, with id, label, prediction, loss and probabilities of each sample."""
 
@@ -136,7 +141,8 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         step = "" if found.step is None else f", step {found.step:,}"
         kind = ", moving average" if command.average else ""
         data_set = f"{samples:,} images of split '{command.split}' of {dataset.path}, size {size}, crop {crop_pct:g}"
-        print(printable(f"{found.source}{step}{kind}: {data_set}"), flush=True)
+        header = sys.stderr if is_standard_output(command.json) else sys.stdout
+        print(printable(f"{found.source}{step}{kind}: {data_set}"), file=header, flush=True)
         for note in notes:
             print(f"note: {printable(note)}", file=sys.stderr, flush=True)
     images = 4.0 * 3 * size**2 * command.batch  # bytes of the float32 images
@@ -165,8 +171,9 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     collected = SampleResults()
     counts = torch.zeros(len(entries), 4, dtype=torch.float64, device=world.device)
     with loader:
+        batches = _with_progress(loader, samples, world)
         for batch in evaluate_batches(
-            model, loader, device=world.device, precision=precision, outputs=outputs, samples=collected
+            model, batches, device=world.device, precision=precision, outputs=outputs, samples=collected
         ):
             counts.index_add_(0, batch.labels, batch.counts)
     if world.size > 1:
@@ -193,6 +200,16 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         "notes": notes,
         **_figures(counts, record, entries),
     }
+
+
+def _with_progress(loader: EvalLoader, samples: int, world: World) -> Iterator[Batch]:
+    """Yield the batches of `loader`, and show how many of `samples` images all ranks have evaluated."""
+    with Progress("evaluating", samples, shown=world.is_main) as progress:
+        done = 0
+        for batch in loader:
+            yield batch
+            done += len(batch.ids) * world.size  # the other ranks are as far
+            progress.update(min(done, samples))
 
 
 def _figures(counts: torch.Tensor, record: EvaluationRecord, entries: Sequence[ClassEntry]) -> dict[str, Any]:
@@ -257,16 +274,22 @@ def main() -> int:
 
     @kernels_from_environment()
     def run() -> int:
-        command = tyro.cli(Evaluate, description=__doc__)
+        check_options(args, option_names(Evaluate), command=PROG)
+        command = tyro.cli(Evaluate, prog=PROG, description=__doc__)
         data = DataConfig(data=command.data, set_digest=command.set_digest, cache=command.cache)
         result = evaluate(command, data.with_environment(os.environ))
         if result is not None:
-            show(result)
             if command.json is not None:
                 write_output(command.json, (json.dumps(result, indent=1) + "\n").encode(), "--json")
+            if not is_standard_output(command.json):
+                show(result)
+                if command.json is not None:
+                    print(f"wrote {printable(command.json)}", file=sys.stderr)
         return 0
 
-    return LAUNCHER.run(lambda: run_command(run))
+    open_missing_streams()
+    args = sys.argv[1:]
+    return LAUNCHER.run(lambda: main_program(lambda: run_command(run), args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shards.interrupt import exit_on_interrupt, interruptible
@@ -21,25 +21,41 @@ if __name__ == "__main__":
 import tyro
 
 from launch.config.command_line import parse
+from launch.config.recipe import Recipe
+from launch.machine.standard_streams import open_missing_streams
 from launch.run.files import unwritable
 from launch.slurm.job import Submit, SubmitError
 from launch.slurm.script import render
+from shards.command import check_options, main_program, option_names
 from shards.errors import UserError, report
 from shards.files.durable import durable_write
+from shards.format.dataset import ShardSet
 from shards.redact import printable, protect_output, redact
+
+PROG = "python -m launch.submit"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 submitted or shown, 2 invalid input or rejected by SLURM."""
+    open_missing_streams()
     protect_output()
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)
-    training = args[split + 1 :]  # the options of launch/train.py
+    own, training = args[:split], args[split + 1 :]  # `training`: the options of launch/train.py
+    return main_program(lambda: _run(own, training), own)
+
+
+def _run(args: Sequence[str], training: Sequence[str]) -> int:
     try:
-        _reject_credentials(args)
-        job = tyro.cli(Submit, args=args[:split], description=Submit.__doc__)
-        recipe = parse(training)
+        _reject_credentials([*args, *training])
+        elsewhere = {"a training option; write training options after --": option_names(Recipe) | {"--recipe"}}
+        check_options(args, option_names(Submit), command=PROG, elsewhere=elsewhere)
+        job = tyro.cli(Submit, args=args, prog=PROG, description=Submit.__doc__)
+        own = {"an option of the job, not of training; write it before --": option_names(Submit)}
+        recipe = parse(training, prog=f"{PROG} --", elsewhere=own)
         script = render(job, recipe, training)
+        for warning in _data_warnings(recipe):
+            print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
         print(script)
         if job.dry_run:
             return 0
@@ -52,6 +68,23 @@ def main(args: Sequence[str] | None = None) -> int:
     print(f"save and requeue:  scancel --signal=USR2 --batch {number}")
     print(f"save and end:      scancel {number}")
     return 0
+
+
+def _data_warnings(recipe: Recipe) -> Iterator[str]:
+    """Yield what would let the job fail, if its nodes see the same files as this machine, which they need not."""
+    try:
+        location = recipe.data.location()
+        if not isinstance(location, Path):
+            return
+        images = ShardSet(location).split("train").samples
+    except UserError as error:
+        yield f"the job fails unless its nodes have another file system: {error}"
+        return
+    if recipe.data.global_batch > images:
+        yield (
+            f"the job fails: --global-batch {recipe.data.global_batch} is larger than the training split of {location} "
+            f"({images:,} images)"
+        )
 
 
 def _reject_credentials(args: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from launch.monitor.display import DISPLAY
 
 if __name__ == "__main__":
     exit_on_interrupt(LAUNCHER.exit)  # while libraries are imported, which takes seconds
-    if not {"-h", "--help"} & set(sys.argv):
+    if not {"-h", "--help", "--version"} & set(sys.argv):
         DISPLAY.phase("loading PyTorch")
 
 from launch.config.command_line import parse
@@ -56,6 +56,7 @@ from launch.run.lock import FolderLock
 from launch.run.progress import Progress
 from launch.run.status import EXIT_STATUS, Preempted, Status, StatusContent, read_previous, read_status, write_status
 from launch.training_loop import TrainingLoop
+from shards.command import main_program
 from shards.errors import UserError, first_line, open_files_error
 
 
@@ -172,7 +173,8 @@ def main() -> int:
     ignore_failing_output()
     with StopSignals() as signals:
         command = kernels_from_environment()(lambda: parse_and_run(signals))
-        return LAUNCHER.run(lambda: run_command(command, ended=lambda: signals.stop == "SIGTERM"))
+        ended = lambda: signals.stop == "SIGTERM"  # noqa: E731
+        return LAUNCHER.run(lambda: main_program(lambda: run_command(command, ended=ended), sys.argv[1:]))
 
 
 def parse_and_run(signals: StopSignals) -> int:

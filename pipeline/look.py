@@ -22,6 +22,7 @@ from shards.errors import UserError
 from shards.files.output import check_output, write_output
 from shards.memory import check_memory
 from shards.option_help import default
+from shards.progress import Phases
 from shards.ranges import Fraction, Seed, Side, check_ranges
 from shards.redact import printable
 
@@ -98,7 +99,8 @@ class Look:
         count = min(self.count, dataset.split("train").samples)
         plan = TrainPlan(dataset.shard_samples("train"), global_batch=count, seed=self.seed)
         position = Position(self.epoch, 0)
-        sheet = contact_sheet(self._cells(dataset, plan, position, recipe))
+        with Phases("look", 2) as progress:
+            sheet = contact_sheet(self._cells(dataset, plan, position, recipe, progress))
         image = io.BytesIO()
         kind = FORMATS[self.out.suffix.lower()]
         try:
@@ -113,15 +115,19 @@ class Look:
         print(printable(summary))
         return 0
 
-    def _cells(self, dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe) -> list[Cell]:
+    def _cells(
+        self, dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe, progress: Phases
+    ) -> list[Cell]:
         from pipeline.augment.describe import describe
         from pipeline.augment.params import draw
         from pipeline.augment.reference import reference_sample
         from pipeline.storage.placement import open_storage
         from pipeline.storage.reader import SampleReader
 
+        progress.begin(f"loading {plan.global_batch} augmented images")
         batch = first_batch(dataset, plan, position, recipe, LoaderOptions(loader=self.loader))
         augmented = denormalised(batch.images.float().cpu().numpy(), recipe)
+        progress.begin("reading and drawing their sources")
         beton = self.loader == "ffcv" or not dataset.split("train").tars
         with SampleReader(open_storage(dataset, "train", beton=beton)) as reader:
             encoded = reader.read(batch.ids).checked()

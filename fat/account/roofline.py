@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fat import kernels
+from fat.account.arguments import number, parser
 from fat.account.cost import count
 from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
 from fat.config import VARIANTS
 from fat.layers import GroupNorm1, norm_rows
-from fat.model import FAT
+from fat.model import FAT, MIN_SIZE
 
 BATCH = 2  # with one image, a channel may have a single value, on which BatchNorm cannot train
 H200 = (4.3, 989.0)  # TB/s measured with copies; dense bf16 TFLOP/s from NVIDIA's data sheet
@@ -233,12 +235,15 @@ def table(batch: int, size: int, bandwidth: float, arithmetic: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=256, help="images per step")
-    parser.add_argument("--size", type=int, default=224, help="side of the square images in pixels")
-    parser.add_argument("--bandwidth", type=float, default=H200[0], help="memory bandwidth in TB/s (default: H200)")
-    parser.add_argument("--arithmetic", type=float, default=H200[1], help="bf16 peak in TFLOP/s (default: H200)")
-    options = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader of the output has exited
+    arguments = parser("fat.account.roofline", __doc__)
+    size, rate = number(int, MIN_SIZE, 8192), number(float, 1e-3, 1e6)
+    arguments.add_argument("--batch", type=number(int, 1, 1_000_000), default=256, help="images per step")
+    arguments.add_argument("--size", type=size, default=224, help="side of the square images in pixels")
+    arguments.add_argument("--bandwidth", type=rate, default=H200[0], help="memory bandwidth in TB/s (default: H200)")
+    arguments.add_argument("--arithmetic", type=rate, default=H200[1], help="bf16 peak in TFLOP/s (default: H200)")
+    options = arguments.parse_args()
+    print("counting the operations of four models (about a minute)", file=sys.stderr, flush=True)
     print(table(options.batch, options.size, options.bandwidth, options.arithmetic))
 
 

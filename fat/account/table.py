@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 
 import torch
 
+from fat.account.arguments import number, parser
 from fat.account.cost import count
 from fat.config import VARIANTS
-from fat.model import FAT
+from fat.model import FAT, MIN_SIZE
 
 PAPER_TOP1 = {"fat_b0": 77.6, "fat_b1": 80.1, "fat_b2": 81.9, "fat_b3": 83.6}  # percent on ImageNet-1K at 224 pixels
 COLUMNS = (
@@ -58,5 +59,13 @@ def _line(cells: list[str]) -> str:
     return "  ".join(cell.ljust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
 
 
+def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader of the output has exited
+    arguments = parser("fat.account.table", __doc__)
+    size = number(int, MIN_SIZE, 8192)
+    arguments.add_argument("size", metavar="SIZE", nargs="?", type=size, default=224, help="image size in pixels")
+    print(table(arguments.parse_args().size))
+
+
 if __name__ == "__main__":
-    print(table(*map(int, sys.argv[1:2])))
+    main()

@@ -11,6 +11,8 @@ from shards.files.output import write_output
 
 COLOURS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
 CAPTION_WIDTH = 110  # characters per line
+# If the rates differ by more than this factor, the shortest bar would be a sliver: the axis is logarithmic instead.
+LINEAR_SPREAD = 8
 
 
 def draw(figures: Figures) -> Any:
@@ -27,7 +29,13 @@ def draw(figures: Figures) -> Any:
     bars = speeds.barh(list(COLOURS), rates, color=list(COLOURS.values()))
     speeds.bar_label(bars, labels=[f"{rate:,.1f}" for rate in rates], padding=3)
     speeds.set(xlabel="images/s", title=f"fat_{figures.settings['variant']}, batch {figures.settings['batch']}")
-    speeds.margins(x=0.15)
+    if max(rates) > LINEAR_SPREAD * min(rates) > 0:
+        speeds.set(xscale="log", xlim=(min(rates) / 4, max(rates) * 6), xlabel="images/s (logarithmic)")
+        # The default labels are powers of ten as formulas, which `write_chart` switches off.
+        speeds.xaxis.set_major_formatter(lambda rate, _: f"{rate:,g}")
+        speeds.xaxis.set_minor_formatter(lambda *_: "")
+    else:
+        speeds.margins(x=0.15)
     values = {
         "both / model": figures.both_of_model,
         "waiting for data": figures.both.waiting,

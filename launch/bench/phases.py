@@ -49,6 +49,7 @@ def compare(
     ahead: int,
     device: torch.device,
     rounds: int,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> tuple[Phase, Phase, Phase]:
     """Measure (loader alone, model alone, both together): medians over rounds that measure each of them once.
 
@@ -59,14 +60,19 @@ def compare(
         steps: timed batches per measurement.
         ahead: number of batches that the loader holds when its queues are full.
         rounds: number of rounds.
+        begin: receives a description of each measurement before it.
     """
     turns: list[tuple[Phase, Phase, Phase]] = []
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
+        turn = f"round {number} of {rounds}"
+        begin(f"loader alone, {turn}")
         with loader() as batches:
             for _ in range(ahead):
                 next(batches)
             alone = run(batches, None, steps=steps, batch=batch, device=device)
+        begin(f"model alone, {turn}")
         model = model_alone(resident, step, steps=steps, batch=batch, device=device)
+        begin(f"loader and model together, {turn}")
         with loader() as batches:
             step(next(batches))
             # Reach a steady state: wait until the queues are full if the loader is fast enough to keep them so, else

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,15 @@ from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
 from shards.cores import cores as usable_cores
 from shards.files.output import write_output
-from shards.redact import printable, redacted
+from shards.progress import Phases
+from shards.redact import redacted
 
 ROUNDS = 3
+PHASES = 5 + 3 * ROUNDS
+"""Number of phases that `bench` announces: each round measures the loader, the model, and both together."""
 
 
-def bench(recipe: Recipe, *, ranks: int = 1, steps: int) -> Figures:
+def bench(recipe: Recipe, *, ranks: int = 1, steps: int, progress: Phases) -> Figures:
     """Measure the training throughput of one of `ranks` ranks in this process.
 
     Args:
@@ -41,19 +43,22 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int) -> Figures:
             rank, the ZeRO stage and options of training on `ranks` ranks, and as many CPU cores as each of them would
             have. It includes neither gradient accumulation nor communication.
         steps: optimizer steps per round of each measurement.
+        progress: shows `PHASES` phases.
 
     Raises:
         UserError: the recipe, the data and the number of ranks are inconsistent.
     """
+    progress.begin("opening the set, checking the kernels")
     with one_rank(recipe, ranks=ranks) as (feed, kernels):
+        progress.begin("building the model")
         model = build_model(feed.recipe, feed.classes)
         engine = Engine(model, feed.recipe, feed.world, micro_batch=feed.shape.micro_rows, accumulation=1)
         for note in engine.notes:
-            print(printable(note), file=sys.stderr)
-        return _figures(feed, engine, steps, {"ranks": ranks, **engine.resolved, **kernels.resolved})
+            progress.note(note)
+        return _figures(feed, engine, steps, {"ranks": ranks, **engine.resolved, **kernels.resolved}, progress)
 
 
-def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any]) -> Figures:
+def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], progress: Phases) -> Figures:
     recipe, device = feed.recipe, engine.world.device
     batch, ahead, cores = feed.shape.micro_rows, feed.loader_options.settings.ahead, usable_cores()
 
@@ -64,11 +69,17 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any]) -
         torch.cuda.reset_peak_memory_stats(device)
     resident, step = resident_batches(feed, engine), training_step(feed, engine)
     alone, model, both = compare(
-        loader, resident, step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
-    )
+        loader, resident, step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS,
+        begin=progress.begin,
+    )  # fmt: skip
     memory = _memory(device)
     with loader() as batches:
         resolved = resolved | batches.resolved
+    progress.begin("reading without decoding")
+    reading = _reading(feed, steps, ahead)
+    progress.begin("decoding without augmentation")
+    decoding = _decoding(feed, engine, steps, ahead)
+    progress.begin("computing the roofline")
     return Figures(
         machine=_machine(device, cores),
         settings={
@@ -80,8 +91,8 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any]) -
             "rounds": ROUNDS,
             **resolved,
         },
-        reading=_reading(feed, steps, ahead),
-        decoding=_decoding(feed, engine, steps, ahead),
+        reading=reading,
+        decoding=decoding,
         loader=alone,
         model=model,
         both=both,

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +17,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
+from shards.command import check_options, option_names, suggestion
 from shards.errors import UserError
 from shards.schema import first_error
 
+RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 20  # maximum size of a recipe file
 _SCHEMA = TypeAdapter(Recipe)
 
 RecipeFiles = Annotated[
     tyro.conf.UseAppendAction[tuple[Path, ...]],
     tyro.conf.arg(
-        help="TOML file of options, in sections named like the groups below: [model], [data], [optim] and so on. Later "
-        "files override earlier ones. Options on the command line override all files.",
+        help="TOML file of options, in sections named like the groups below: [model], [data], [optim] and so on; or "
+        "the name of a recipe of this project (digits, large_batch); or the recipe.json of a run, whose options except "
+        "--out are used. Later files override earlier ones. Options on the command line override all files.",
         help_behavior_hint="(repeatable)",
     ),
 ]
@@ -48,26 +51,34 @@ class _TrainCommand(_Files):
 
 
 def parse(
-    args: Sequence[str] | None = None, *, defaults: Mapping[str, Any] | None = None, prog: str | None = None
+    args: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    prog: str | None = None,
+    elsewhere: Mapping[str, Collection[str]] | None = None,
 ) -> Recipe:
     """Return the recipe of a command line: the defaults, then every `--recipe FILE` in order, then single options.
 
     Args:
         defaults: values that replace the defaults, by section as in a recipe file.
-        prog: name of the command in messages. None: the name of the process.
+        prog: name of the command in messages. None: launch/train.py.
+        elsewhere: see `check_options`.
 
     Raises:
+        UserError: an option is unknown.
         RecipeError: a recipe file is invalid, or options contradict one another.
-        SystemExit: unknown option (status 2), --help (status 0).
+        SystemExit: a value has the wrong type (status 2), --help (status 0).
     """
     args = list(sys.argv[1:] if args is None else args)
+    prog = prog or "launch/train.py"
+    check_options(args, option_names(_TrainCommand), command=prog, elsewhere=elsewhere)
     flat = (tyro.conf.OmitArgPrefixes,)
     files, _ = tyro.cli(
         _Files, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
     )
     recipe = _with_values(Recipe(), defaults or {})
     for path in files.recipe:
-        recipe = apply_file(recipe, path)
+        recipe = apply_file(recipe, find_recipe(path))
     recipe = tyro.cli(
         _TrainCommand,
         args=args,
@@ -79,8 +90,27 @@ def parse(
     return dataclasses.replace(recipe, data=recipe.data.with_environment(os.environ))
 
 
+def find_recipe(path: Path) -> Path:
+    """Return the file of a recipe: `path` itself, or the shipped recipe of this name.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder; specify a file in it, such as a run's recipe.json")
+    if path.exists():
+        return path
+    shipped = {file.stem: file for file in RECIPES.glob("*.toml")}
+    if str(path) in shipped:
+        return shipped[str(path)]
+    near = suggestion(str(path), shipped) if len(path.parts) == 1 else ""
+    raise RecipeError(
+        f"{path}: no such recipe file{near} (expected a file, or one of the names {', '.join(sorted(shipped))})"
+    )
+
+
 def apply_file(recipe: Recipe, path: Path) -> Recipe:
-    """Return `recipe` with the values of a TOML file applied.
+    """Return `recipe` with the values of a TOML file, or of a run's recipe.json, applied.
 
     Raises:
         RecipeError: the file cannot be read, a section or field is unknown, or a value has the wrong type.
@@ -90,15 +120,28 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise RecipeError(f"{path}: larger than {MAX_BYTES >> 20} MiB; use a TOML file of options")
-        values = tomllib.loads(content.decode())
+        values = _of_run(json.loads(content)) if path.suffix == ".json" else tomllib.loads(content.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: the file is not UTF-8 or not TOML
-        raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise RecipeError(f"{path}: not a readable {kind} file ({error})") from error
     try:
         return _with_values(recipe, values)
     except UserError as error:
         raise RecipeError(f"{path}: {error}; --help lists the options of each section") from error
+
+
+def _of_run(saved: Any) -> dict[str, Any]:
+    """Return the options in the content of a recipe.json, without the run folder: a new run needs its own.
+
+    Raises:
+        ValueError: the content is not that of a recipe.json.
+    """
+    if not isinstance(saved, dict) or not isinstance(recipe := saved.get("recipe"), dict):
+        raise ValueError("expected the recipe.json of a run folder")
+    run = recipe.get("run")
+    return recipe | ({"run": {name: run[name] for name in run if name != "out"}} if isinstance(run, dict) else {})
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from launch.config.errors import RecipeError
 from launch.machine.world import World
 
+CPU_EXTENSION = "deepspeed_shm_comm"
 FOLDER = Path(__file__).resolve().parents[1] / "zero"
 
 
@@ -87,6 +89,12 @@ def wrap(
     # Accelerate keeps the settings of the first engine of a process, but `pipeline tune` builds several.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    if zero and not cuda and world.is_main and not _extension_is_built():
+        print(
+            "ZeRO on CPUs: DeepSpeed compiles its C++ extension for communication (once, one to two minutes)",
+            file=sys.stderr,
+            flush=True,
+        )
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     _check_agreement(accelerator, world)
     with warnings.catch_warnings():
@@ -97,6 +105,14 @@ def wrap(
         # By default DDP waits for the device at every 100th step, to collect statistics that are not used here.
         wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
+
+
+def _extension_is_built() -> bool:
+    """Return whether torch's folder of compiled extensions has the one that DeepSpeed uses on CPUs."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return any(root.glob(f"**/{CPU_EXTENSION}.so"))
 
 
 def deepspeed_config(

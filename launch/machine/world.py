@@ -15,6 +15,7 @@ import torch.distributed as dist
 from launch.machine import affinity, network, rank_errors
 from launch.machine.accelerate_settings import override_accelerate
 from launch.machine.launcher_check import check_launcher
+from shards.command import failed_output
 from shards.cores import cores
 from shards.errors import UserError, open_files_error
 from shards.files.temporary import prepare_caches
@@ -137,7 +138,9 @@ def run_command(command: Callable[[], int], *, ended: Callable[[], bool] = lambd
         status = error.exit_code
         rank_errors.report_user_error(error)
     except Exception as error:
-        if (explained := open_files_error(error)) is not None:
+        if (failed := failed_output(error)) is not None:
+            status = failed
+        elif (explained := open_files_error(error)) is not None:
             rank_errors.report_user_error(explained)
         else:
             rank_errors.report_unexpected(error, ended)

@@ -36,11 +36,11 @@ class Submit:
     """GPUs per node, with one process each. 0: train on CPUs; also set --processes-per-node."""
     processes_per_node: Annotated[Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU")] = None
     """Processes per node."""
-    partition: str | None = None
+    partition: Annotated[str | None, default("the default of the cluster")] = None
     """SLURM partition."""
-    time: str | None = None
+    time: Annotated[str | None, default("the limit of the partition")] = None
     """Time limit of one start, such as 24:00:00. Before it ends, the run saves and the job is requeued."""
-    account: str | None = None
+    account: Annotated[str | None, default("the default of the user")] = None
     """SLURM account."""
     cpus_per_node: Annotated[
         Annotated[int, Interval(ge=1, le=65535)] | None, default("whole nodes, with all their cores and memory")
@@ -48,7 +48,7 @@ class Submit:
     """CPU cores per node."""
     name: Annotated[str | None, default("the name of the run folder")] = None
     """Name of the job."""
-    container: str | None = None
+    container: Annotated[str | None, default("none")] = None
     """Container image with Python and all libraries: a .sif file (Apptainer), or an image name for Pyxis."""
     mount: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folders (FROM or FROM:TO) to mount in addition to the project, the run folder and the data."""

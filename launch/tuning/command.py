@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from typing import Literal
 
@@ -16,13 +16,14 @@ from launch.tuning.loader import tune_loader
 from launch.tuning.model import tune_model
 from launch.tuning.recipe_fragment import recipe_fragment
 from launch.tuning.trials import Choice
+from shards.progress import Phases
 
 Target = Literal["model", "input"]
 TARGETS: tuple[Target, ...] = ("model", "input")
 
 
 def tune(
-    recipe: Recipe, targets: Sequence[Target], *, ranks: int, seconds: float, command: str, say: Callable[[str], None]
+    recipe: Recipe, targets: Sequence[Target], *, ranks: int, seconds: float, command: str, progress: Phases
 ) -> str:
     """Measure a recipe's unset options, and return a recipe fragment with the fastest values.
 
@@ -33,20 +34,21 @@ def tune(
             micro-batch of one of them.
         seconds: approximate duration per target; every value is measured at least once.
         command: command line to record in the fragment.
-        say: receives progress messages, one line each.
+        progress: shows each measurement, and the result of each option.
 
     Raises:
         UserError: the recipe and the data are inconsistent, or the set is damaged.
     """
+    progress.begin("opening the set, checking the kernels")
     with one_rank(recipe, ranks=ranks) as (feed, _):
         world, shape, data = feed.world, feed.shape, recipe.data
         zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=ranks)
         found: dict[str, Choice] = {}
         if "model" in targets:
-            found |= tune_model(feed, ranks=ranks, seconds=seconds, say=say)
+            found |= tune_model(feed, ranks=ranks, seconds=seconds, progress=progress)
         if "input" in targets:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            found |= tune_loader(feed, dtype=dtype, seconds=seconds, say=say)
+            found |= tune_loader(feed, dtype=dtype, seconds=seconds, progress=progress)
         conditions = (
             f"command: {command}",
             f"device: {device_name(world.device)}, {world.cores} cores per rank",

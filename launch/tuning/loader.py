@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ from launch.jpeg_decoder import decodes_on_gpu
 from launch.machine.device_peaks import synchronize
 from launch.tuning.trials import Choice, Values, tune
 from pipeline.decode.choose import resolve_loader
+from shards.progress import Phases
 
 ROUNDS = 2
 MARGIN = 1.05  # larger than the margin for models, because loader timings vary more
@@ -25,7 +25,7 @@ STARTING_POINTS = 16  # number of positions in an epoch at which trials begin
 LARGE = 0.99
 
 
-def tune_loader(feed: Feed, *, dtype: torch.dtype, seconds: float, say: Callable[[str], None]) -> dict[str, Choice]:
+def tune_loader(feed: Feed, *, dtype: torch.dtype, seconds: float, progress: Phases) -> dict[str, Choice]:
     """Choose values for the unset options of [data.loader]; see `launch.tuning.trials.tune`.
 
     Args:
@@ -42,8 +42,9 @@ def tune_loader(feed: Feed, *, dtype: torch.dtype, seconds: float, say: Callable
         return rate(with_options(feed, values), next(turns), dtype=dtype, seconds=each)
 
     if stages:
+        progress.begin("warming up the loader")
         measure({})  # warm-up: opens files, and compiles functions on first use
-    return tune(stages, measure, rounds=ROUNDS, margin=MARGIN, seconds=seconds, say=say)
+    return tune(stages, measure, rounds=ROUNDS, margin=MARGIN, seconds=seconds, progress=progress)
 
 
 def rate(feed: Feed, number: int, *, dtype: torch.dtype, seconds: float) -> float:

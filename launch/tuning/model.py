@@ -6,7 +6,6 @@ Each value is measured with the same engine as in training, on images that are a
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
@@ -20,13 +19,14 @@ from launch.engine.engine import Engine
 from launch.engine.execution import Execution
 from launch.feed import Feed
 from launch.tuning.trials import Choice, Values, tune
+from shards.progress import Phases
 
 STEPS = {"cuda": 10, "cpu": 2}
 ROUNDS = 3
 MARGIN = 1.02
 
 
-def tune_model(feed: Feed, *, ranks: int, seconds: float, say: Callable[[str], None]) -> dict[str, Choice]:
+def tune_model(feed: Feed, *, ranks: int, seconds: float, progress: Phases) -> dict[str, Choice]:
     """Choose values for the unset options of [compile]; see `launch.tuning.trials.tune`.
 
     Args:
@@ -36,7 +36,7 @@ def tune_model(feed: Feed, *, ranks: int, seconds: float, say: Callable[[str], N
     def rate(values: Values) -> float:
         return steps_rate(feed, values, ranks=ranks)
 
-    found = tune(candidates(feed, ranks=ranks), rate, rounds=ROUNDS, margin=MARGIN, seconds=seconds, say=say)
+    found = tune(candidates(feed, ranks=ranks), rate, rounds=ROUNDS, margin=MARGIN, seconds=seconds, progress=progress)
     free_memory()
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards.errors import ShardSetError, first_line
+from shards.progress import Phases
 
 Values = Mapping[str, Any]
 """Option values by name: for one option, or for several options that are measured together."""
@@ -31,7 +32,7 @@ def tune(
     rounds: int,
     margin: float,
     seconds: float,
-    say: Callable[[str], None],
+    progress: Phases,
 ) -> dict[str, Choice]:
     """Choose the values of one stage after another, each measured with the best values of the previous stages.
 
@@ -43,7 +44,7 @@ def tune(
             all values equally.
         margin: another value is chosen only if it is more than this many times as fast as the default.
         seconds: time limit, after which only the first round of a stage is still run.
-        say: receives one line before each measurement, and one with the result of each stage.
+        progress: shows each measurement, and the result of each stage.
 
     Raises:
         ShardSetError: the set is damaged, so every value would fail.
@@ -57,10 +58,10 @@ def tune(
                 break
             for trial in trials:
                 if not trial.failure:
-                    say(f"trying {name} {trial.shown}, round {turn + 1} of {rounds}")
+                    progress.begin(f"trying {name} {trial.shown}, round {turn + 1} of {rounds}")
                     trial.measure(lambda values: rate(best | values))
         chosen, reason = fastest(trials, margin), ", ".join(map(str, trials))
-        say(f"{name}: {chosen.shown if chosen else 'not set'} ({reason})")
+        progress.note(f"{name}: {chosen.shown if chosen else 'not set'} ({reason})")
         best.update(chosen.values if chosen else {})
         found |= {option: Choice(best.get(option), reason) for option in stage[0]}
     return found

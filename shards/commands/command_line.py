@@ -1,11 +1,10 @@
-"""The subcommands shard, verify, info, index and sample: options with their help; `run()` returns the exit status."""
+"""The subcommands shard, index and sample: options with their help; `run()` returns the exit status."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from annotated_types import Interval
 from tyro.conf import Positional, arg
@@ -20,9 +19,6 @@ from shards.option_help import default
 from shards.ranges import Fraction, Seed, check_ranges
 from shards.redact import one_line
 from shards.sources.scan import Layout, ScanOptions
-
-if TYPE_CHECKING:
-    from shards.format.dataset import ShardSet
 
 MAX_SHARD_SIZE = 2**20
 """Maximum shard size in MiB (1 TiB), because readers download whole shards."""
@@ -161,52 +157,6 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Verify:
-    """Check every byte of a set: file hashes, tar headers, index rows, image headers and labels."""
-
-    set: Positional[Annotated[Path, arg(metavar="SET")]]
-    """Folder of the set."""
-
-    workers: Annotated[Workers | None, default("one per available CPU core")] = None
-    """Number of worker processes."""
-
-    set_digest: Annotated[str | None, default("not checked")] = None
-    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX, as printed by 'pipeline info'.
-    Appending #xxh3=HEX to SET does the same."""
-
-    def run(self) -> int:
-        from shards.commands.verify import verify
-
-        check_ranges(self)
-        path = _open(self.set, self.set_digest).path
-        faults = verify(path, self.workers)
-        for fault in faults:
-            _print(f"fault: {fault}")
-        _print(f"{path}: {f'{len(faults)} faults' if faults else 'no faults, every byte was checked'}")
-        return 1 if faults else 0
-
-
-@dataclass(frozen=True)
-class Info:
-    """Print the contents of a set: splits, classes, image sizes, options, rejects and digests."""
-
-    set: Positional[Annotated[Path, arg(metavar="SET")]]
-    """Folder of the set."""
-
-    set_digest: Annotated[str | None, default("not checked")] = None
-    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX, as printed by 'pipeline info'.
-    Appending #xxh3=HEX to SET does the same."""
-
-    def run(self) -> int:
-        from rich.console import Console
-
-        from shards.commands.info import describe
-
-        Console().print(describe(_open(self.set, self.set_digest)))
-        return 0
-
-
-@dataclass(frozen=True)
 class Index:
     """Turn existing WebDataset tars into a shard set in place: write an index and a manifest next to them.
 
@@ -288,19 +238,6 @@ class SamplePhotos:
 
         check_ranges(self)
         return _print_written(self.out, write_photos(self.out, self.count, self.seed))
-
-
-def _open(location: Path, digest: str | None) -> ShardSet:
-    from shards.format.dataset import ShardSet
-    from shards.format.manifest_digest import split_digest
-
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", f"{location}") and not location.exists():
-        raise UserError(
-            f"{location}: 'pipeline info' and 'pipeline verify' read local sets only; run them where the set is stored "
-            "(loaders check the hash of every sample of a remote set)"
-        )
-    path, expected = split_digest(location, digest)
-    return ShardSet(path, digest=expected)
 
 
 def _print_written(out: Path, written: dict[str, int]) -> int:

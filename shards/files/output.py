@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,6 +18,9 @@ _INVALID_NAME = (
 )  # fmt: skip
 
 
+STANDARD_OUTPUT = Path("-")
+
+
 class OutputError(UserError):
     """An output file cannot be written at the specified location."""
 
@@ -25,12 +29,15 @@ def check_output(path: Path, option: str, suffixes: Collection[str] = ()) -> Non
     """Check that an output file can be written, before the work starts.
 
     Args:
+        path: the file. - is standard output, if `suffixes` is empty.
         option: option that specifies the file, for the message.
         suffixes: allowed suffixes in lower case; empty: any.
 
     Raises:
         OutputError: the path is a folder, its parent folder is missing or not writable, or its suffix is not allowed.
     """
+    if is_standard_output(path) and not suffixes:
+        return
     try:
         if path.is_dir():
             raise OutputError(f"{option} {path}: is a folder; specify a file in it")
@@ -72,6 +79,10 @@ def write_output(path: Path, content: bytes, option: str) -> None:
         OutputError: the file cannot be written.
         StorageFailed: the storage failed, for example because the disk is full.
     """
+    if is_standard_output(path):
+        sys.stdout.write(content.decode())
+        sys.stdout.flush()
+        return
     try:
         if _is_special(path):
             path.write_bytes(content)
@@ -79,6 +90,11 @@ def write_output(path: Path, content: bytes, option: str) -> None:
             durable_write(path.resolve(), content)
     except OSError as error:
         raise _unwritable(path, option, error) from error
+
+
+def is_standard_output(path: Path | None) -> bool:
+    """Return whether a path is -, which stands for standard output."""
+    return path == STANDARD_OUTPUT
 
 
 def _is_special(path: Path) -> bool:

@@ -94,7 +94,7 @@ def test_the_micro_batch_of_one_rank_is_measured(
     assert pipeline(arguments) == 0
     assert seen[0].shape.micro_rows == rows
     assert (resolved[0]["ranks"], resolved[0]["accumulation"]) == (ranks, seen[0].shape.accumulation)
-    assert (f"measuring {rows} images per forward pass" in capsys.readouterr().out) is noted
+    assert (f"measuring {rows} images per forward pass" in capsys.readouterr().err) is noted
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_rejected(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

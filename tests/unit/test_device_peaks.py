@@ -58,7 +58,8 @@ def test_bandwidth_is_measured_with_random_data(monkeypatch: pytest.MonkeyPatch)
 
 def test_run_logs_utilization_and_resolved_options(tmp_path: Path, digits: Path) -> None:
     out = tmp_path / "run"
-    assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "2", "--log-every", "1", "--verbose") == 0
+    options = ("--stop-after", "2", "--log-every", "1", "--mfu", "True")
+    assert run(train, *SMALL, "--data", digits, "--out", out, *options) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     picks = next(line for line in lines if line["kind"] == "resolved")
     assert picks["compile"] == "off"

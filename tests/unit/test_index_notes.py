@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.commands.command_line import Index, Info
+from shards.commands.command_line import Index
+from shards.commands.inspect import Info
 from shards.errors import ConversionFailed, UserError
 from shards.format.manifest import Manifest
 from tests.support.sources import labelled_tar

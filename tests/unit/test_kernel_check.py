@@ -32,6 +32,7 @@ from launch.tuning.command import tune
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.recipe import augment_recipe
+from shards.progress import Phases
 from tests.support.commands import SMALL
 from tests.support.commands import run as run_command
 
@@ -417,7 +418,7 @@ def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: py
     done: list[str] = []
     monkeypatch.setattr("launch.bench.one_rank.check_training_kernels", lambda *_: done.append("checked"))
     monkeypatch.setattr("launch.tuning.command.tune_model", lambda *_, **__: done.append("measured") or {})
-    tune(parse([*SMALL, "--data", str(digits)]), ("model",), ranks=1, seconds=1.0, command="", say=done.append)
+    tune(parse([*SMALL, "--data", str(digits)]), ("model",), ranks=1, seconds=1.0, command="", progress=Phases("tune"))
     assert done == ["checked", "measured"]
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.commands.command_line import Index, SamplePhotos, Shard, Verify
+from shards.commands.command_line import Index, SamplePhotos, Shard
+from shards.commands.inspect import Verify
 from shards.commands.verify import verify
 from shards.convert.convert import convert, default_out, finish
 from shards.convert.options import Options

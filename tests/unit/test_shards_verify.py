@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.commands.command_line import Info, SampleDigits, Verify
+from shards.commands.command_line import SampleDigits
+from shards.commands.inspect import Info, Verify
 from shards.commands.verify import verify
 from shards.convert.convert import convert
 from shards.convert.options import Options

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shards.commands.command_line import Index, Info, Shard
+from shards.commands.command_line import Index, Shard
+from shards.commands.inspect import Info
 from tests.support.sources import class_folders, encoded, jpeg, labelled_tar
 
 

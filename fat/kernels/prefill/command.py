@@ -19,7 +19,9 @@ from typing import TextIO
 import torch
 
 import fat
+from fat.account.arguments import number, parser
 from fat.kernels.prefill.work import evaluation, training_step
+from fat.model import MIN_SIZE
 
 KEPT = (".cubin", ".json", ".so")  # the files in Triton's cache that a launch reads
 WORK = {"step": training_step, "eval": evaluation}
@@ -27,23 +29,21 @@ EVERY = 5.0  # seconds between progress lines
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fat.kernels.prefill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    parser.add_argument(
+    arguments = parser("fat.kernels.prefill", __doc__)
+    add_options(arguments)
+    arguments.add_argument(
         "--models", nargs="+", choices=fat.list_models(), default=["fat_b0"], help="models to compile kernels for"
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
         help="autocast dtype; float32: no autocast",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--work", nargs="+", choices=tuple(WORK), default=list(WORK), help="step: training step; eval: evaluation"
     )
-    options = parser.parse_args()
+    options = arguments.parse_args()
     work: list[Callable[[], object]] = []
     for name in options.models:
         with torch.device("meta"):
@@ -53,17 +53,18 @@ def main() -> int:
     return fill(work, options)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(arguments: argparse.ArgumentParser) -> None:
     """Add the options of all tools that fill the cache."""
-    parser.add_argument("--batch", type=_whole_number(1_000_000), default=256, help="images per micro-batch")
-    parser.add_argument("--size", type=_whole_number(8192), default=224, help="side of the square images in pixels")
-    parser.add_argument(
+    arguments.add_argument("--batch", type=number(int, 1, 1_000_000), default=256, help="images per micro-batch")
+    size = number(int, MIN_SIZE, 8192)
+    arguments.add_argument("--size", type=size, default=224, help="side of the square images in pixels")
+    arguments.add_argument(
         "--capability", type=_capability, default=(9, 0), help="compute capability to compile for (9.0: H100, H200)"
     )
-    parser.add_argument(
-        "--processes", type=_whole_number(1024), help="number of parallel compiler processes (default: one per core)"
+    arguments.add_argument(
+        "--processes", type=number(int, 1, 1024), help="number of parallel compiler processes (default: one per core)"
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--prune", action="store_true", help="delete cached files that no launch reads, such as intermediate code"
     )
 
@@ -108,17 +109,6 @@ class Progress:
         if now - self.last >= EVERY or done == total:
             print(f"compiling kernels {done}/{total}", file=self.stream, flush=True)
             self.last = now
-
-
-def _whole_number(most: int) -> Callable[[str], int]:
-    """Return an argparse type for integers from 1 to `most`."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:60]}: expected an integer from 1 to {most:,}")
-        return int(text)
-
-    return parse
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -57,7 +57,8 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     spool.mkdir(parents=True, exist_ok=True)
     jobs = [UnpackJob(file, spool / f"{i:05d}.bin", named.splits[file] == TEST) for i, file in enumerate(files)]
     isolated = ISOLATED and workers != 1
-    contents = run_jobs(inspect, files, workers, Progress("inspecting", len(files), "files"), isolated=isolated)
+    with Progress("inspecting", len(files), "files") as progress:
+        contents = run_jobs(inspect, files, workers, progress, isolated=isolated)
     names, more_notes = _common_class_names(files, contents)
     with Progress("unpacking", sum(one.rows for one in contents)) as progress:
         labels = run_jobs(unpack, jobs, workers, progress, isolated=isolated)
