@@ -117,10 +117,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     Raises:
         UserError: model or data do not exist, or the data set has other classes than the model.
     """
-    if command.json is not None:
-        check_output(command.json, "--json")
-    if command.predictions is not None:
-        check_output(command.predictions, "--predictions", (".safetensors",))
+    _check_outputs(command)
     world = connect()
     dataset = data.open(local_ranks=world.local_size)
     if command.split not in dataset.manifest.splits and "train" in dataset.manifest.splits:
@@ -200,6 +197,14 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         "notes": notes,
         **_figures(counts, record, entries),
     }
+
+
+def _check_outputs(command: Evaluate) -> None:
+    """Raise UserError if an output file cannot be written, before the work."""
+    if command.json is not None:
+        check_output(command.json, "--json")
+    if command.predictions is not None:
+        check_output(command.predictions, "--predictions", (".safetensors",))
 
 
 def _with_progress(loader: EvalLoader, samples: int, world: World) -> Iterator[Batch]:
