@@ -58,7 +58,7 @@ def test_bandwidth_is_measured_with_random_data(monkeypatch: pytest.MonkeyPatch)
 
 def test_run_logs_utilization_and_resolved_options(tmp_path: Path, digits: Path) -> None:
     out = tmp_path / "run"
-    options = ("--stop-after", "2", "--log-every", "1", "--mfu", "True")
+    options = ("--stop-after", "2", "--log-every", "1", "--verbose")
     assert run(train, *SMALL, "--data", digits, "--out", out, *options) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     picks = next(line for line in lines if line["kind"] == "resolved")
