@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from launch.machine.standard_streams import open_missing_streams
 from shards.interrupt import exit_on_interrupt, interruptible
 
 if Path(sys.argv[0]).name == "pipeline" or __name__ == "__main__":
+    open_missing_streams()  # before the pipe for signals, which would get the descriptor of a closed stream
     exit_on_interrupt()  # during imports; the installed script imports this file
 
 import tyro
 from annotated_types import Interval
 from tyro.conf import subcommand
 
-from launch.machine.standard_streams import open_missing_streams
 from launch.report.command import Report
 from pipeline.look import Look
 from shards.command import check_options, check_subcommand, main_program, option_names
@@ -257,7 +258,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _main(args: list[str]) -> int:
-    open_missing_streams()
     protect_output()
     limit_openmp()
     raise_limit()

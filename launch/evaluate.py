@@ -20,9 +20,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.machine.simple_launcher import LAUNCHER
+from launch.machine.standard_streams import open_missing_streams
 from shards.interrupt import exit_on_interrupt
 
 if __name__ == "__main__":
+    open_missing_streams()  # before the pipe for signals, which would get the descriptor of a closed stream
     LAUNCHER.attach()
     exit_on_interrupt(LAUNCHER.exit)  # during imports, which take seconds, and during the evaluation
 
@@ -44,7 +46,6 @@ from launch.engine.kernel_check import check_kernels
 from launch.engine.loss import MAX_TOP5, SampleResults, evaluate_batches
 from launch.engine.memory import check_device_memory
 from launch.evaluated_model import load_model
-from launch.machine.standard_streams import open_missing_streams
 from launch.machine.world import World, connect, run_command
 from launch.monitor.confusion import confusions
 from launch.run.evaluation_record import EvaluationInfo, EvaluationRecord
@@ -292,7 +293,6 @@ def main() -> int:
                     print(f"wrote {printable(command.json)}", file=sys.stderr)
         return 0
 
-    open_missing_streams()
     args = sys.argv[1:]
     return LAUNCHER.run(lambda: main_program(lambda: run_command(run), args))
 

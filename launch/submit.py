@@ -13,16 +13,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launch.machine.standard_streams import open_missing_streams
 from shards.interrupt import exit_on_interrupt, interruptible
 
 if __name__ == "__main__":
+    open_missing_streams()  # before the pipe for signals, which would get the descriptor of a closed stream
     exit_on_interrupt()  # during imports
 
 import tyro
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
-from launch.machine.standard_streams import open_missing_streams
 from launch.run.files import unwritable
 from launch.slurm.job import Submit, SubmitError
 from launch.slurm.script import render
@@ -37,7 +38,6 @@ PROG = "python -m launch.submit"
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 submitted or shown, 2 invalid input or rejected by SLURM."""
-    open_missing_streams()
     protect_output()
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)

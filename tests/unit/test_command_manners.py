@@ -114,8 +114,17 @@ def test_info_whose_output_cannot_be_written(digits: Path, device: str) -> None:
     assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
 
 
-def test_errors_of_a_command_without_stderr_do_not_reach_stdout(tmp_path: Path) -> None:
-    command = ["sh", "-c", '"$0" -m launch.cli info "$1" 2>&-', sys.executable, str(tmp_path / "none")]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "-m launch.cli info /no-such-set",
+        "launch/evaluate.py /no-such-model --data /no-such-set",
+        "-m launch.submit --nodes 0",
+        "launch/train.py --data /no-such-set",
+    ],
+)
+def test_errors_of_a_command_without_stderr_do_not_reach_stdout(arguments: str) -> None:
+    command = ["sh", "-c", f'"$0" {arguments} 2>&-', sys.executable]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -132,7 +141,7 @@ MISSPELT = [
     (("tune", "SET", "--recipe", "x"), "write training options after --: pipeline tune SET -- --variant b3"),
     (("bench", "SET", "--", "--steps", "3"), "--steps: an option of the command, not of training"),
     (("bench", "SET", "--", "--varaint", "b0"), "did you mean --variant?"),
-    (("info", "SET", "--", "--x"), "only 'bench' and 'tune' accept training options after --"),
+    (("info", "SET", "--", "--x"), "only 'train', 'bench' and 'tune' accept training options after --"),
 ]
 
 
