@@ -90,7 +90,8 @@ sys.exit(launch.cli.main(sys.argv[1:]))
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # One arena: otherwise each thread reserves 64 MiB of address space for its own.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         check=False,
     )
     assert done.returncode == 1, done.stderr

@@ -31,6 +31,7 @@ WRITERS = {
     "pipeline/storage/cache/eviction.py": "recorded files of the cache's own folder",
     "pipeline/storage/cache/folder.py": "lock of the cache's own folder",
     "pipeline/storage/cache/record.py": "record of the cache's own folder",
+    "shards/command.py": "/dev/null",
     "shards/convert/write_beton.py": "work folder of the set",
     "shards/files/durable.py": "the one way to write a file: temporary name, then renamed; callers choose the path",
     "shards/files/lock.py": "lock of the work folder",

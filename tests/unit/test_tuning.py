@@ -300,7 +300,10 @@ def test_the_positional_set_takes_precedence_over_a_recipe_file(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("info", "SET", "--", "--size", "32"), "-- --size 32: only 'bench' and 'tune' accept training options"),
+        (
+            ("info", "SET", "--", "--size", "32"),
+            "-- --size 32: only 'train', 'bench' and 'tune' accept training options",
+        ),
         (("tune", "SET", "--", "--data", "other"), "--data other: differs from the set SET of the command"),
         (("bench", "SET", "--", "--data", "other"), "--data other: differs from the set SET of the command"),
         (("tune", "SET", "--", "--read-threads", "0"), "--read-threads 0: expected a whole number from 1 to 1,024"),
