@@ -289,8 +289,9 @@ def main() -> int:
                 write_output(command.json, (json.dumps(result, indent=1) + "\n").encode(), "--json")
             if not is_standard_output(command.json):
                 show(result)
-                if command.json is not None:
-                    print(f"wrote {printable(command.json)}", file=sys.stderr)
+            for path in (command.json, command.predictions):
+                if path is not None and not is_standard_output(path):
+                    print(f"wrote {printable(path)}", file=sys.stderr)
         return 0
 
     args = sys.argv[1:]

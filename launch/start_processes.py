@@ -6,6 +6,7 @@ is nothing to agree on, and the agent's errors are tracebacks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -94,7 +95,8 @@ def _run(count: int, options: Sequence[str]) -> int:
 
 def _forward(running: Any, number: int, frame: FrameType | None) -> None:
     for pid in running.pids().values():
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _failures(running: Any) -> list[ProcessFailure]:

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from launch.monitor.display import DISPLAY
 
 if __name__ == "__main__":
+    ignore_failing_output()
     exit_on_interrupt(LAUNCHER.exit)  # while libraries are imported, which takes seconds
     if not {"-h", "--help", "--version"} & set(sys.argv):
         DISPLAY.phase("loading PyTorch")
@@ -54,20 +55,36 @@ from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
 from launch.run.progress import Progress
-from launch.run.status import EXIT_STATUS, Preempted, Status, StatusContent, read_previous, read_status, write_status
+from launch.run.status import (
+    EXIT_STATUS,
+    Preempted,
+    Status,
+    StatusContent,
+    StatusRenewal,
+    read_previous,
+    read_status,
+    write_status,
+)
 from launch.training_loop import TrainingLoop
 from shards.command import main_program
 from shards.errors import UserError, first_line, open_files_error
 
 
 def train(
-    recipe: Recipe, world: World, lock: FolderLock, signals: StopSignals, previous: StatusContent | None = None
+    recipe: Recipe,
+    world: World,
+    lock: FolderLock,
+    *,
+    signals: StopSignals,
+    renewal: StatusRenewal,
+    previous: StatusContent | None = None,
 ) -> None:
     """Train a recipe's model, then write the last checkpoint, the weights and the curves. Collective.
 
     Args:
         lock: lock of the run folder; acquired here if the folder did not exist before.
         signals: signals of this process, which stop the training or save a checkpoint.
+        renewal: thread that renews RUN/status.
         previous: status that the previous start left.
 
     Raises:
@@ -90,11 +107,11 @@ def train(
     DISPLAY.phase("starting the loader")
     start = StartInfo(previous=previous, restore_seconds=restore, queued=queued_at())
     with (
-        folder,
         Metrics(recipe, feed, engine, state, trackers, display=DISPLAY, start=start) as metrics,
+        folder,  # writes RUN/status before the trackers are closed, which may take half a minute
         Preemption(folder.path, world, deadline=stop_at, signals=signals) as preemption,
         Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
-        folder.renew_status(lambda: metrics.step),
+        folder.renew_status(renewal, lambda: metrics.step),
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
         feed.eval_loader(dtype=engine.input_dtype) as val_loader,
         StepProfiler(feed, engine, train_loader, range(state.step, feed.last_step), metrics.print) as profiler,
@@ -172,6 +189,7 @@ def main() -> int:
     """Run the command line; return the exit status: 0 done, 1 failed, 2 invalid input, 75 preempted and saved."""
     ignore_failing_output()
     with StopSignals() as signals:
+        signals.close = DISPLAY.close
         command = kernels_from_environment()(lambda: parse_and_run(signals))
         ended = lambda: signals.stop == "SIGTERM"  # noqa: E731
         return LAUNCHER.run(lambda: main_program(lambda: run_command(command, ended=ended), sys.argv[1:]))
@@ -199,21 +217,24 @@ def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     run = recipe.run.out
     lock = FolderLock(run, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
-    with lock, end_in_status(run, lock, signals):
+    renewal = StatusRenewal(run, lambda: write_status(run, "running"))
+    with lock, end_in_status(run, lock, signals, renewal):
         world = connect(numa_binding=recipe.parallel.numa_binding)
         if recipe.run.dry_run:
+            DISPLAY.close()
             show_run(recipe, world)
             return 0
         DISPLAY.phase(f"waiting for the lock of {run}")
         lock.acquire(world, create=False)  # no folder is created before the input has been validated
         previous = broadcast_from_rank0(lambda: read_previous(run), world)
-        if world.is_main:
-            write_status(run, "running")  # replaces the status of an earlier start
+        if world.is_main:  # replace the status of an earlier start, but keep how far its training had come
+            write_status(run, "running", at=previous.training if previous and previous.interrupted else None)
+            renewal.start()
         warnings = preflight(recipe, world)
         for warning in warnings:
             DISPLAY.print(warning)
         try:
-            train(recipe, world, lock, signals, previous)
+            train(recipe, world, lock, signals=signals, renewal=renewal, previous=previous)
         except Preempted as reason:
             DISPLAY.print(f"saved and stopping: {reason}; run the same command again to resume")
             return EXIT_STATUS
@@ -221,10 +242,11 @@ def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
 
 
 @contextlib.contextmanager
-def end_in_status(run: Path, lock: FolderLock, signals: StopSignals) -> Iterator[None]:
+def end_in_status(run: Path, lock: FolderLock, signals: StopSignals, renewal: StatusRenewal) -> Iterator[None]:
     """Write to RUN/status why the start failed or was stopped, unless `RunFolder` has already written the reason."""
 
     def write(status: Status, step: int | None, reason: str) -> None:
+        renewal.stop()
         if lock.acquired and read_status(run) == "running":
             # The status includes the step, because it may replace one in which rank 0 has just written the step.
             step = CheckpointFolder(run / CHECKPOINTS).newest_step() if step is None else step
@@ -238,6 +260,8 @@ def end_in_status(run: Path, lock: FolderLock, signals: StopSignals) -> Iterator
         invalid_input = known is not None and known.exit_code == UserError.exit_code
         write("refused" if invalid_input else "failed", None, str(known or f"{type(error).__name__}: {error}"))
         raise
+    finally:
+        renewal.stop()
 
 
 if __name__ == "__main__":

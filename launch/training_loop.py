@@ -54,11 +54,11 @@ class TrainingLoop:
         try:
             if self.state.pending_evaluation and self.val_loader is not None:
                 self.evaluate()
-                self.save()
+                self._save_between_steps()
             while self.state.step < self.feed.last_step:
                 if self.preemption.save_requested():
                     self.log()
-                    self.save()
+                    self._save_between_steps()
                 self.step()
                 self.after_step()
         except StopRequested as request:
@@ -95,8 +95,7 @@ class TrainingLoop:
             self.state = replace(state, pending_evaluation=True)
             self.evaluate()
         if saves:
-            self.save()
-            self.metrics.restart_interval()
+            self._save_between_steps()
 
     def log(self) -> None:
         """Check and log the steps since the last call. Waits for the device."""
@@ -108,8 +107,13 @@ class TrainingLoop:
         with self.preemption.signals.during(Phase.SAVING), self.metrics.saving(self.state.step):
             self.state = self.folder.save(replace(self.state, seconds=self.metrics.seconds))
 
+    def _save_between_steps(self) -> None:
+        self.save()
+        self.metrics.restart_interval()  # the next interval begins after the save
+
     def _save_and_stop(self, reason: str) -> NoReturn:
         self.preemption.signals.phase = Phase.SAVING
+        self.metrics.view.phase = "saving, then stopping"
         try:
             self.folder.save_and_stop(replace(self.state, seconds=self.metrics.seconds), reason)
         except Preempted:

@@ -39,11 +39,10 @@ def read_goodput(run: Path, warn: Callable[[str], object]) -> Goodput:
 def goodput_with_status(lines: Sequence[dict[str, Any]], content: StatusContent | None) -> Goodput:
     """Return the goodput of a run from the lines of its metrics, at least one, and the content of RUN/status."""
     status: str | None = content.status if content else None
-    alive: float | None = getattr(content, "time", None)
-    if status != "running":
-        alive = None  # the status may have been written by a later start, which failed before its first line
-    elif alive is not None and time.time() - alive > STALE_SECONDS:
-        status = "killed"
+    alive: float | None = None  # another status may be that of a later start, which failed before its first line
+    if content is not None and status == "running":
+        alive = content.at_time or content.time
+        status = "killed" if time.time() - content.time > STALE_SECONDS else status
     return goodput(lines, status=status, alive=alive)
 
 

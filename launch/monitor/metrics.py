@@ -52,13 +52,13 @@ class StartInfo:
 
     def fields(self) -> dict[str, float | None]:
         """Return the fields of the "start" line."""
-        died = self.previous if self.previous is not None and self.previous.interrupted else None
+        training = self.previous.training if self.previous is not None and self.previous.interrupted else None
         return {
             "started": round(psutil.Process().create_time(), 3),
             "restore_seconds": round(self.restore_seconds, 3),
             "queued": self.queued,
-            "previous_alive": None if died is None else died.time or None,
-            "previous_step": None if died is None else died.at_step,
+            "previous_alive": None if training is None else training[1],
+            "previous_step": None if training is None else training[0],
         }
 
 
@@ -257,6 +257,7 @@ class Metrics:
         self.view.phase = "first step"
         self.view.started = time.monotonic()
         self._display.start(self.view)
+        self.restart_interval()
 
     def log_evaluation(self, step: int, results: Mapping[WeightsKind, dict[str, float]]) -> dict[WeightsKind, float]:
         """Write a line about each evaluation, with its duration in `seconds`; return the top-1 accuracies."""

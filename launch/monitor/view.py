@@ -61,21 +61,22 @@ class View:
     def update(self, line: Mapping[str, Any], global_batch: int) -> None:
         """Take the numbers of a "train" line (launch/run/metrics_schema.py)."""
         steps, seconds, first = line["steps"], line["seconds"], line["first_step_seconds"]
-        if first is not None and steps > 1:  # the first step compiles, so it says little about the others
+        if first is not None:  # the first step compiles, so it says little about the others
             steps, seconds = steps - 1, seconds - first
         self._images += steps * global_batch
         self._seconds += seconds
-        self.average_images_per_second = self._images / max(self._seconds, 1e-9)
-        recent, old = seconds / steps + self.evaluation_seconds, self.step_seconds
-        self.step_seconds = recent if old is None or first is not None else SMOOTHING * old + (1 - SMOOTHING) * recent
+        self.average_images_per_second = self._images / self._seconds if self._images else None
+        if steps:
+            recent, old = seconds / steps + self.evaluation_seconds, self.step_seconds
+            self.step_seconds = recent if old is None else SMOOTHING * old + (1 - SMOOTHING) * recent
         for name in ("loss", "grad_norm", "images_per_second", "data_wait", "memory_bytes", "skipped", "replaced"):
             setattr(self, name, line[name])
         self.lr, self.mfu, self.slowest = line["lr"], line.get("mfu"), line["slowest"]
 
     @property
     def epoch(self) -> int:
-        """Epoch of the current step, from 1."""
-        return min(self.step // max(1, self.steps_per_epoch) + 1, max(1, self.epochs))
+        """Epoch of the last step, from 1."""
+        return max(0, self.step - 1) // max(1, self.steps_per_epoch) + 1
 
     @property
     def elapsed(self) -> float:

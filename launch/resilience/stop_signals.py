@@ -60,8 +60,8 @@ class Unsaved:
     """Step of the newest checkpoint; None: there is none."""
 
     def __str__(self) -> str:
-        if self.step == self.saved:
-            return f"nothing is lost, the checkpoint of step {self.saved} contains all steps"
+        if self.step == (self.saved or 0):
+            return "nothing is lost" + (f", the checkpoint of step {self.saved} has all steps" if self.saved else "")
         steps = format_count(self.step - (self.saved or 0), "step")
         return f"lost: {steps}" + (f" since the checkpoint of step {self.saved}" if self.saved else ", all of the run")
 
@@ -77,6 +77,7 @@ class StopSignals:
         unsaved: returns what would be lost; None: not known yet.
         write_status: writes RUN/status ("preempted" or "failed", step of the newest checkpoint, reason), if it is this
             run's; called on rank 0 before the process ends.
+        close: removes the live view, which would overwrite the last line; called on rank 0 before the process ends.
     """
 
     def __init__(self) -> None:
@@ -85,6 +86,7 @@ class StopSignals:
         self.say: Callable[[str], None] = write_line
         self.unsaved: Callable[[], Unsaved] | None = None
         self.write_status: Callable[[Status, int | None, str], object] = lambda status, step, reason: None
+        self.close: Callable[[], object] = lambda: None
         self._first: tuple[int, float] | None = None  # signal, and when it arrived
         self._thread = SignalThread(self._react, dict.fromkeys((*STOP, *SAVE), self._note))
 
@@ -145,6 +147,7 @@ class StopSignals:
     def _end_start(self, number: int) -> None:
         """End a run that has not begun to train."""
         if is_rank0():
+            finishes(self.close, PRINT_SECONDS)
             finishes(lambda: write_line(self.phase.value), PRINT_SECONDS)
             reason = f"{signal.Signals(number).name} before training started"
             finishes(lambda: self.write_status("preempted", None, reason), STATUS_SECONDS)
@@ -154,6 +157,7 @@ class StopSignals:
         lost = self.unsaved() if self.unsaved is not None else None
         reason = f"ended at once; {lost}" if lost else "ended at once"
         if is_rank0():
+            finishes(self.close, PRINT_SECONDS)
             finishes(lambda: write_line(printable(reason)), PRINT_SECONDS)
             step = lost.saved if lost else None
             text = f"{signal.Signals(number).name} twice: {reason}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -224,15 +225,19 @@ class RunFolder:
         self._write_status("running")
         return self
 
-    def renew_status(self, steps: Callable[[], int]) -> AbstractContextManager[object]:
-        """Return a context in which RUN/status is renewed, with the time and the optimizer steps done.
+    @contextmanager
+    def renew_status(self, renewal: StatusRenewal, steps: Callable[[], int]) -> Iterator[None]:
+        """Let RUN/status be renewed with the optimizer steps done, until the end of the block.
 
         Args:
+            renewal: the thread that renews it, started on rank 0 only.
             steps: returns the optimizer steps done.
         """
-        if not self._engine.world.is_main:
-            return nullcontext()
-        return StatusRenewal(self.path, lambda: self._write_status("running", at_step=steps()))
+        renewal.renew = lambda: self._write_status("running", at=(steps(), time.time()))
+        try:
+            yield
+        finally:
+            renewal.stop()
 
     @property
     def newest_step(self) -> int | None:
@@ -267,13 +272,13 @@ class RunFolder:
             self._write_status(found.status, found.reason, found.nodes or ())
 
     def _write_status(
-        self, status: Status, reason: str = "", nodes: Sequence[str] = (), at_step: int | None = None
+        self, status: Status, reason: str = "", nodes: Sequence[str] = (), at: tuple[int, float] | None = None
     ) -> bool:
         if not self._engine.world.is_main:
             return True
         saved = self._writer.saved or self._resumed
         best = (saved.best, saved.best_of) if saved.best_of else None
-        return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best, at_step=at_step)
+        return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best, at=at)
 
     def _write_description(self) -> None:
         """Write recipe.json and classes.json."""

@@ -32,6 +32,7 @@ EXIT_STATUS = 75  # exit status of a preempted run: EX_TEMPFAIL of sysexits.h, "
 
 RENEW_SECONDS = 10.0
 """Interval at which a running run renews RUN/status. Content that is a minute older belongs to a run that has died."""
+STOP_SECONDS = 2.0
 BEFORE_NAME = "status-before"
 """Name to which `launch/slurm/train.sbatch` renames the status of the previous start."""
 
@@ -57,7 +58,9 @@ class StatusContent:
     time: Finite = 0.0
     """Unix time of this content. While a run is running, it is renewed every `RENEW_SECONDS`."""
     at_step: Count | None = None
-    """Optimizer steps done at `time`; None: not known."""
+    """Optimizer steps done at `at_time`; None: not known, because no start has trained since the run was saved."""
+    at_time: Finite | None = None
+    """Unix time of the last sign of life of the training; later starts that fail before their training keep it."""
     host: str | None = None
     """Host and process of rank 0, while it is running."""
     pid: Count | None = None
@@ -66,9 +69,14 @@ class StatusContent:
     best_of: WeightsKind | None = None
 
     @property
+    def training(self) -> tuple[int, float] | None:
+        """Optimizer steps done by the last start that trained, and when; None: not known."""
+        return None if self.at_step is None or self.at_time is None else (self.at_step, self.at_time)
+
+    @property
     def interrupted(self) -> bool:
         """Whether the start that wrote this ended without saving: it was killed, it hung, or it failed."""
-        return self.status not in ("finished", "preempted", "refused")
+        return self.status not in ("finished", "preempted")
 
 
 _SCHEMA = TypeAdapter(StatusContent)
@@ -82,7 +90,7 @@ def write_status(
     reason: str = "",
     nodes: Sequence[str] = (),
     best: tuple[float, str] | None = None,
-    at_step: int | None = None,
+    at: tuple[int, float] | None = None,
 ) -> bool:
     """Replace RUN/status, if the run folder exists.
 
@@ -90,15 +98,19 @@ def write_status(
         step: step of the newest checkpoint; None: not known yet.
         nodes: hosts that the next start should not use.
         best: best top-1 accuracy so far (fraction), and which weights reached it ("weights" or "average").
-        at_step: optimizer steps done.
+        at: optimizer steps done, and the Unix time of this. None: those of the present content are kept, unless the
+            run has been saved.
 
     Returns:
         Whether the file was written. No error is raised, so that the error that ends the run (such as a full disk) is
         shown.
     """
     content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason), "time": round(time.time(), 3)}
-    if at_step is not None:
-        content["at_step"] = at_step
+    if at is None and status not in ("finished", "preempted"):
+        present = read_content(run)
+        at = None if present is None else present.training
+    if at is not None:
+        content["at_step"], content["at_time"] = at
     if status == "running":
         content |= {"host": socket.gethostname(), "pid": os.getpid()}
     if best is not None:
@@ -143,28 +155,36 @@ class StatusRenewal:
     for example by the watchdog of another rank.
 
     Args:
-        renew: writes the status "running" with the current step.
+        renew: writes the status "running" with the current step; it may be replaced.
     """
 
     def __init__(self, run: Path, renew: Callable[[], object], *, interval: float = RENEW_SECONDS) -> None:
-        self._run, self._renew, self._interval = run, renew, interval
-        self._ends = threading.Event()
+        self._run, self.renew, self._interval = run, renew, interval
+        self._ends, self._writing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="status", daemon=True)
 
     def __enter__(self) -> StatusRenewal:
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write nothing more. Waits for a write in progress, but not for ever, because the storage may hang."""
         self._ends.set()
-        self._thread.join(timeout=self._interval)  # not for ever: the storage may hang
+        if self._writing.acquire(timeout=STOP_SECONDS):
+            self._writing.release()
 
     def _loop(self) -> None:
         while not self._ends.wait(self._interval):
-            if read_status(self._run) not in ("running", None):
-                return
-            if not self._ends.is_set():
-                self._renew()
+            with self._writing:
+                if self._ends.is_set() or read_status(self._run) not in ("running", None):
+                    return
+                self.renew()
 
 
 def read_previous(run: Path) -> StatusContent | None:

@@ -45,7 +45,7 @@ def test_the_live_view_is_complete_and_leaves_a_clean_terminal(
     lines = screen.splitlines()
     assert max(map(len, lines)) < columns, screen
     view = "\n".join(lines[next(n for n, line in enumerate(lines) if line.startswith("run   fat_b0")) :])
-    pattern = "\n".join(LINES) if columns == 80 else "   |\n".join(LINES[:2]) + ".*" + ".*".join(LINES[2:])
+    pattern = "\n".join(LINES) if columns == 80 else "\n".join(LINES[:2]) + "\n" + ".*".join(LINES[2:])
     assert re.search(pattern, view, re.DOTALL if columns > 80 else 0), screen
     assert last[-1] == "STATUS=0"
     assert re.fullmatch(rf"\d\d:\d\d:\d\d wrote {run / 'curves.png'}", "".join(last[-2:-1])) or "curves.png" in last[-2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.run.metrics_file import read_metrics
+from launch.run.metrics_file import final_timeline, read_metrics
 from tests.dist.trainings import Trainer
 from tests.support.disks import fill, small_disk
 from tests.support.launching import ROOT, TRAIN, environment
@@ -41,7 +41,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error(
         done = train(*OPTIONS, *options, "--stop-after", str(left["step"] + 3))
         assert done.returncode == 0, done.stderr
         assert f"resuming from {run / 'checkpoints' / newest}" in done.stderr
-        steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
+        steps = [line["step"] for line in final_timeline(read_metrics(run)) if line["kind"] == "train"]
         # Every step of the resumed run is logged. Later steps may be logged too, from before the failure.
         assert sorted(set(steps) | set(range(1, left["step"] + 4))) == sorted(steps)
 

@@ -40,7 +40,7 @@ class Terminal:
 
     def screen(self) -> str:
         """Return what the terminal shows, without spaces at the ends of lines."""
-        return self._tmux("capture-pane", "-p", "-J").rstrip()
+        return "\n".join(line.rstrip() for line in self._tmux("capture-pane", "-p", "-J").rstrip().splitlines())
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
         """Wait until the screen shows a text."""

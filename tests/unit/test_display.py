@@ -94,7 +94,7 @@ def test_values_that_are_not_measured_are_not_shown() -> None:
 
 
 def test_epochs_count_from_1_and_the_last_step_is_in_the_last_epoch() -> None:
-    epochs = [View(step=step, total_steps=44, epochs=2, steps_per_epoch=22).epoch for step in (0, 21, 22, 44)]
+    epochs = [View(step=step, total_steps=44, epochs=2, steps_per_epoch=22).epoch for step in (0, 22, 23, 44)]
     assert epochs == [1, 1, 2, 2]
 
 
@@ -210,7 +210,7 @@ def test_the_status_is_renewed_until_another_one_is_written(tmp_path: Path) -> N
     renewed = threading.Event()
 
     def renew() -> None:
-        write_status(tmp_path, "running", step=0, at_step=next(steps))
+        write_status(tmp_path, "running", step=0, at=(next(steps), time.time()))
         renewed.set()
 
     write_status(tmp_path, "running")
@@ -230,11 +230,16 @@ def test_the_status_is_renewed_until_another_one_is_written(tmp_path: Path) -> N
 
 def test_the_status_that_the_batch_script_has_renamed_is_the_previous_one(tmp_path: Path) -> None:
     assert read_previous(tmp_path) is None
-    write_status(tmp_path, "running", step=20, at_step=27)
+    write_status(tmp_path, "running", step=20, at=(27, 1e9))
     (tmp_path / "status").rename(tmp_path / BEFORE_NAME)
     previous = read_previous(tmp_path)
     assert previous is not None
-    assert (previous.at_step, previous.interrupted) == (27, True)
+    assert (previous.training, previous.interrupted) == ((27, 1e9), True)
+    write_status(tmp_path, "running", at=previous.training)
+    write_status(tmp_path, "failed", reason="a later start, which failed before it trained")
+    later = read_previous(tmp_path)
+    assert later is not None
+    assert (later.training, later.interrupted) == ((27, 1e9), True)
     write_status(tmp_path, "finished", step=44)
     previous = read_previous(tmp_path)
     assert previous is not None
