@@ -30,7 +30,7 @@ LINES = (
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
-@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (200, 50)])
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), pytest.param(200, 50, marks=pytest.mark.slow)])
 def test_the_live_view_is_complete_and_leaves_a_clean_terminal(
     tmp_path: Path, digits: Path, columns: int, rows: int
 ) -> None:
@@ -48,7 +48,7 @@ def test_the_live_view_is_complete_and_leaves_a_clean_terminal(
     pattern = "\n".join(LINES) if columns == 80 else "\n".join(LINES[:2]) + "\n" + ".*".join(LINES[2:])
     assert re.search(pattern, view, re.DOTALL if columns > 80 else 0), screen
     assert last[-1] == "STATUS=0"
-    assert re.fullmatch(rf"\d\d:\d\d:\d\d wrote {run / 'curves.png'}", "".join(last[-2:-1])) or "curves.png" in last[-2]
+    assert "".join(last[:-1]).endswith("curves.png")  # without line breaks
     assert not [line for line in last if "━" in line or line.startswith("elapsed")]  # the view is removed
 
 

@@ -14,6 +14,10 @@ import pytest
 
 from launch.config.recipe import Recipe
 from launch.config.run import LogConfig, RunConfig
+from launch.monitor.tracker_backends import BACKENDS
+
+# Only TensorBoard's tests are part of `make test`: importing the other libraries takes seconds per test.
+EVERY_TRACKER = [pytest.param(name, marks=() if name == "tensorboard" else pytest.mark.slow) for name in BACKENDS]
 
 Steps = dict[str, list[int]]
 """For each logged name, the steps of its values in the order in which they are stored."""

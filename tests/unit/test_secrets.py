@@ -19,7 +19,6 @@ from launch.cli import main as pipeline
 from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.machine.provenance import git_state, versions
-from launch.monitor.tracker_backends import BACKENDS
 from launch.monitor.trackers import Trackers
 from launch.run.saved_recipe import read_saved_run
 from launch.run.status import STATUS_NAME, write_status
@@ -29,7 +28,7 @@ from shards import redact as redaction
 from shards.errors import UserError, report
 from shards.redact import printable, protect_output, redact, redacted, redacted_traceback
 from tests.support.serving import serve
-from tests.support.tracker_readers import keep_on_this_machine, library_of
+from tests.support.tracker_readers import EVERY_TRACKER, keep_on_this_machine, library_of
 
 CANARY = "canary7f3a"
 URL = f"https://me:{CANARY}@host/set"
@@ -116,7 +115,7 @@ def test_a_recipe_is_saved_without_passwords() -> None:
     assert "https:/***@host/set" in saved
 
 
-@pytest.mark.parametrize("tracker", list(BACKENDS))
+@pytest.mark.parametrize("tracker", EVERY_TRACKER)
 def test_trackers_receive_no_passwords(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library_of(tracker, monkeypatch)
     keep_on_this_machine(tmp_path, monkeypatch)

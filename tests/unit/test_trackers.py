@@ -12,14 +12,13 @@ from PIL import Image
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.config.run import LogConfig
-from launch.monitor.tracker_backends import BACKENDS, id_name
+from launch.monitor.tracker_backends import id_name
 from launch.monitor.trackers import LOGGED, Trackers
 from launch.run.metrics_file import MetricsLog
 from launch.run.metrics_schema import KINDS
 from tests.support import tracker_readers
-from tests.support.tracker_readers import keep_on_this_machine, library_of, recipe
+from tests.support.tracker_readers import EVERY_TRACKER, keep_on_this_machine, library_of, recipe
 
-NAMES = tuple(BACKENDS)
 KEEPING = ("wandb", "mlflow", "trackio")
 """Trackers that cannot remove values: repeated steps are not logged to them again."""
 PROJECT = "fat-pipeline"
@@ -71,7 +70,7 @@ class Start:
         assert self.trackers.messages() == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_TRACKER)
 def test_a_resumed_run_has_each_step_once_in_its_tracker(
     name: str, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +95,7 @@ def test_a_resumed_run_has_each_step_once_in_its_tracker(
     assert "train/slowest" not in steps
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_TRACKER)
 def test_another_run_in_the_same_folder_is_another_run_of_the_tracker(
     name: str, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +111,7 @@ def test_another_run_in_the_same_folder_is_another_run_of_the_tracker(
     assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY_TRACKER)
 def test_pictures_are_logged(name: str, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library_of(name, monkeypatch)
     start = Start(name, local / "run")
@@ -153,6 +152,7 @@ def test_weights_and_biases_gets_project_name_tags_and_options(local: Path, monk
     assert run.config["optim.epochs"] == Recipe().optim.epochs
 
 
+@pytest.mark.slow
 def test_the_project_is_that_of_the_option_then_of_the_environment(
     local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
