@@ -14,7 +14,10 @@ MAX_LINES = 200
 README_LINES = 150
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# Generated pages are looked up, not read.
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem not in ("commands", "training-options")], ids=lambda page: page.stem
+)
 def test_pages_are_short(page: Path) -> None:
     lines = len(page.read_text().splitlines())
     assert lines < (README_LINES if page.name == "README.md" else MAX_LINES)
