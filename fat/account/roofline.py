@@ -235,7 +235,6 @@ def table(batch: int, size: int, bandwidth: float, arithmetic: float) -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader of the output has exited
     arguments = parser("fat.account.roofline", __doc__)
     size, rate = number(int, MIN_SIZE, 8192), number(float, 1e-3, 1e6)
     arguments.add_argument("--batch", type=number(int, 1, 1_000_000), default=256, help="images per step")
@@ -248,4 +247,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader of the output has exited
     main()

@@ -60,7 +60,6 @@ def _line(cells: list[str]) -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader of the output has exited
     arguments = parser("fat.account.table", __doc__)
     size = number(int, MIN_SIZE, 8192)
     arguments.add_argument("size", metavar="SIZE", nargs="?", type=size, default=224, help="image size in pixels")
@@ -68,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader of the output has exited
     main()
