@@ -61,7 +61,7 @@ class Unsaved:
 
     def __str__(self) -> str:
         if self.step == (self.saved or 0):
-            return "nothing is lost" + (f", the checkpoint of step {self.saved} has all steps" if self.saved else "")
+            return "nothing is lost" + (f", the checkpoint of step {self.saved} contains all steps" if self.saved else "")
         steps = format_count(self.step - (self.saved or 0), "step")
         return f"lost: {steps}" + (f" since the checkpoint of step {self.saved}" if self.saved else ", all of the run")
 
