@@ -61,7 +61,8 @@ class Unsaved:
 
     def __str__(self) -> str:
         if self.step == (self.saved or 0):
-            return "nothing is lost" + (f", the checkpoint of step {self.saved} contains all steps" if self.saved else "")
+            saved = f", the checkpoint of step {self.saved} contains all steps" if self.saved else ""
+            return f"nothing is lost{saved}"
         steps = format_count(self.step - (self.saved or 0), "step")
         return f"lost: {steps}" + (f" since the checkpoint of step {self.saved}" if self.saved else ", all of the run")
 
