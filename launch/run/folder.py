@@ -99,9 +99,9 @@ class RunFolder:
             self._write_description()
         epochs = self._recipe.optim.epochs
         messages.append(
-            f"training fat_{self._recipe.model.variant} on {world.size} x {world.device.type}: {plan.samples:,} images "
-            f"of {self._feed.dataset.path}, {epochs} epoch{'s' if epochs > 1 else ''} of {plan.steps_per_epoch:,} "
-            f"steps, {plan.global_batch:,} images per step"
+            f"training fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, "
+            f"{self._engine.description}: {plan.samples:,} images of {self._feed.dataset.path}, {epochs} "
+            f"epoch{'s' if epochs > 1 else ''} of {plan.steps_per_epoch:,} steps, {plan.global_batch:,} images per step"
         )
         messages.append(f"resuming from {found.path}" if found else f"starting in {self.path}")
         return self._resumed, messages
