@@ -90,7 +90,9 @@ def test_training_options_before_the_separator_get_a_hint(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
-@pytest.mark.parametrize(("name", "ranks", "expected"), [("accelerate", 1, 143), ("pipeline", 2, 75)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "expected"), [("accelerate", 1, 143), pytest.param("pipeline", 2, 75, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_at_a_terminal_saves_before_the_prompt_returns(
     tmp_path: Path, digits: Path, name: str, ranks: int, expected: int
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_second_ctrl_c_at_a_terminal_says_what_is_lost(tmp_path: Path, digits:
     assert processes == []
 
 
+@pytest.mark.slow
 def test_the_end_of_the_launcher_saves_the_run(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(

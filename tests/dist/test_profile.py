@@ -42,6 +42,7 @@ def test_a_profiled_run_has_the_same_losses_and_names_its_files(train: Trainer, 
     assert not (tmp_path / "plain" / "profile").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero", "collective"), [("0", "gloo:all_reduce"), ("1", "gloo:all_gather")])
 def test_with_several_ranks_rank_0_traces_its_collectives(
     train: Trainer, tmp_path: Path, digits: Path, zero: str, collective: str

@@ -78,6 +78,7 @@ def test_unknown_option_is_invalid_input_without_traceback(command: str) -> None
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 @every_command
 def test_help_has_no_control_codes_in_a_file_and_no_repeated_none(command: str) -> None:
     done = start(*COMMANDS[command], "--help", FORCE_COLOR="1")
@@ -86,6 +87,7 @@ def test_help_has_no_control_codes_in_a_file_and_no_repeated_none(command: str) 
     assert "(default: None)" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "prefill"])
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",)])
 def test_a_reader_that_has_exited_ends_a_command_quietly(command: str, arguments: tuple[str, ...]) -> None:
