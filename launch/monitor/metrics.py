@@ -176,7 +176,7 @@ class Metrics:
             rate: learning rate of the step.
         """
         self._wait.mark_step_end()
-        self._step, self._rate = step, rate
+        self._rate = rate
         self._results.append(result)
         self.step = self.view.step = step + 1
         if not self._stepped:  # the first step includes compilation, and is measured once per start
@@ -224,8 +224,8 @@ class Metrics:
             "replaced": int(replaced_by_all),
         }
         self._first_step_seconds = None
-        epoch = self._plan.at(self._step).epoch + 1
-        self._write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
+        epoch = self._plan.at(self.step - 1).epoch + 1
+        self._write("train", step=self.step, epoch=epoch, lr=self._rate, **values)
         self.view.update({"lr": self._rate, **values}, self._plan.global_batch)
         self.view.checkpoint_at = self.saved_at()
         self._display.show_interval()
