@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,19 @@ with contextlib.suppress(ImportError):  # hypothesis is not installed where only
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest test first, so that with two processes all other tests run in parallel with it."""
     items.sort(key=lambda item: not item.name.startswith("test_in_the_interpreter"))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_are_kept() -> Iterator[None]:
+    """A changed handler stays for all later tests of this process, and SIGPIPE at its default can end the process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, old, new in zip(numbers, before, after, strict=True):
+        if new != old and old is not None:  # None: not set from Python
+            signal.signal(number, old)
+    assert after == before, "the test left another signal handler"
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 import fat
 from tests.support.tiny_fat import PARAMETERS, TINY
 
+ROOT = Path(__file__).resolve().parents[2]
 # At 224 pixels: with the attention products; from the paper, without them.
 GMAC = {"fat_b0": 0.754, "fat_b1": 1.243, "fat_b2": 2.131, "fat_b3": 4.632}
 PAPER_GMAC = {"fat_b0": 0.7, "fat_b1": 1.2, "fat_b2": 2.0, "fat_b3": 4.4}
@@ -60,10 +63,10 @@ def test_costs_grow_with_the_image_size() -> None:
     assert large.activation_bytes > 4 * small.activation_bytes
 
 
-def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["fat.account.table"])
-    runpy.run_module("fat.account.table", run_name="__main__")
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+def test_the_command_prints_the_table() -> None:
+    command = [sys.executable, "-m", "fat.account.table"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    rows = {line.split()[0]: line for line in printed.splitlines()}
     for name in fat.list_models():
         assert f"{PARAMETERS[name]:,}" in rows[name]
         assert f"{GMAC[name]:.3f}" in rows[name]
