@@ -39,7 +39,7 @@ from rich.text import Text
 import fat
 from fat.kernels.prefill.work import evaluation
 from launch.class_mapping import map_classes
-from launch.config.data import CropPct, DataConfig, ModelSide
+from launch.config.data import DataConfig, ModelSide
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import kernels_from_environment, zero_and_precision
 from launch.engine.kernel_check import check_kernels
@@ -59,7 +59,7 @@ from shards.files.output import check_output, is_standard_output, write_output
 from shards.format.manifest_fields import ClassEntry
 from shards.option_help import default
 from shards.progress import Progress
-from shards.ranges import check_ranges
+from shards.ranges import CropPct, check_ranges
 from shards.redact import printable
 
 WORST_CLASSES = WORST_CONFUSIONS = 5  # rows that are printed

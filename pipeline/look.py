@@ -1,4 +1,4 @@
-"""`pipeline look SET`: a contact sheet of augmented training images next to their sources."""
+"""`pipeline look SET`: a contact sheet of the images that the model receives, next to their sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -23,14 +23,12 @@ from shards.files.output import check_output, write_output
 from shards.memory import check_memory
 from shards.option_help import default
 from shards.progress import Phases
-from shards.ranges import Fraction, Seed, Side, check_ranges
+from shards.ranges import CropPct, Fraction, Seed, Side, check_ranges
 from shards.redact import printable
 
 if TYPE_CHECKING:
-    from pipeline.augment.params import SampleParams
     from pipeline.augment.recipe import AugmentRecipe
     from pipeline.batch import Batch
-    from pipeline.plan import Position, TrainPlan
     from shards.format.dataset import ShardSet
 
 Pixels = NDArray[np.uint8]
@@ -44,23 +42,28 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 
 @dataclass(frozen=True)
 class Look:
-    """Write a contact sheet of training images: each source with its crop window, the augmented image, and the list of
-    the operations that were applied."""
+    """Write a contact sheet of images as the model receives them: each source with its crop window, the cropped and
+    augmented image, and the list of the operations that were applied."""
 
     dataset: tyro.conf.Positional[str]
     """Shard set: a folder or a URL."""
     out: Path = Path("batch.png")
     """Image file to write: .png, .jpg, .webp, .bmp or .tif."""
+    split: str = "train"
+    """Split whose images are shown. Images of other splits than train are shown as in an evaluation: resized and
+    cropped at the centre, without augmentation."""
     augment: Literal["fat", "light", "none"] = "light"
     """Augmentation recipe. Mixup and CutMix are not applied, because a mixed image shows two classes."""
     size: Side = 224
-    """Side of the augmented images in pixels."""
+    """Side of the images that the model receives, in pixels."""
     count: Annotated[int, Interval(ge=1, le=10_000)] = 24
     """Number of images."""
     flip: Annotated[Fraction | None, default("the recipe's")] = None
     """Probability of a horizontal flip."""
     crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("the recipe's")] = None
     """Smallest and largest area of the random crop, as fractions of the image's area."""
+    crop_pct: Annotated[CropPct | None, default("0.875")] = None
+    """With --split other than train: fraction of the short side that the centre crop keeps."""
     seed: Seed = 0
     """Seed of the run."""
     epoch: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
@@ -81,9 +84,11 @@ class Look:
 
     def run(self) -> int:
         from pipeline.augment.recipe import augment_recipe
-        from pipeline.plan import Position, TrainPlan
         from pipeline.storage.remote.shard_set import open_set
 
+        training = self.split == "train"
+        if self.diff and not training:
+            raise UserError(f"--diff with --split {self.split}: only training images are augmented; omit --diff")
         check_output(self.out, "--out", FORMATS)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
         # Size in bytes of the contact sheet and the float32 batch.
@@ -96,11 +101,9 @@ class Look:
         recipe = augment_recipe(
             self.augment, size=self.size, mixup=0.0, cutmix=0.0, **{k: v for k, v in overrides.items() if v is not None}
         )
-        count = min(self.count, dataset.split("train").samples)
-        plan = TrainPlan(dataset.shard_samples("train"), global_batch=count, seed=self.seed)
-        position = Position(self.epoch, 0)
+        count = min(self.count, dataset.split(self.split).samples)
         with Phases("look", 2) as progress:
-            sheet = contact_sheet(self._cells(dataset, plan, position, recipe, progress))
+            sheet = contact_sheet(self._cells(dataset, count, recipe, progress))
         image = io.BytesIO()
         kind = FORMATS[self.out.suffix.lower()]
         try:
@@ -111,43 +114,86 @@ class Look:
                 "use a smaller --count, or a .png file"
             ) from error
         write_output(self.out, image.getvalue(), "--out")
-        summary = f"{self.out}: {count} images of {self.dataset}, epoch {self.epoch}, recipe {self.augment}"
+        shown = f"epoch {self.epoch}, recipe {self.augment}" if training else f"split {self.split}"
+        summary = f"{self.out}: {count} images of {self.dataset}, {shown}"
         print(printable(summary))
         return 0
 
-    def _cells(
-        self, dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe, progress: Phases
-    ) -> list[Cell]:
+    def _cells(self, dataset: ShardSet, count: int, recipe: AugmentRecipe, progress: Phases) -> list[Cell]:
         from pipeline.augment.describe import describe
         from pipeline.augment.params import draw
         from pipeline.augment.reference import reference_sample
         from pipeline.storage.placement import open_storage
         from pipeline.storage.reader import SampleReader
 
-        progress.begin(f"loading {plan.global_batch} augmented images")
-        batch = first_batch(dataset, plan, position, recipe, LoaderOptions(loader=self.loader))
-        augmented = denormalised(batch.images.float().cpu().numpy(), recipe)
+        progress.begin(f"loading {count} images")
+        batch = self._batch(dataset, count, recipe)
+        received = denormalised(batch.images.float().cpu().numpy(), recipe)
         progress.begin("reading and drawing their sources")
-        beton = self.loader == "ffcv" or not dataset.split("train").tars
-        with SampleReader(open_storage(dataset, "train", beton=beton)) as reader:
+        beton = self.loader == "ffcv" or not dataset.split(self.split).tars
+        with SampleReader(open_storage(dataset, self.split, beton=beton)) as reader:
             encoded = reader.read(batch.ids).checked()
         sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
-        params = draw(recipe, seed=plan.seed, epoch=position.epoch, ids=batch.ids, **sizes)
+        if self.split == "train":
+            params = draw(recipe, seed=self.seed, epoch=self.epoch, ids=batch.ids, **sizes)
+            windows: NDArray[Any] = params.windows
+            operations = [describe(params, i) for i in range(count)]
+        else:
+            windows = centre_crops(**sizes, size=self.size, crop_pct=self._crop_pct)
+            operations = ["centre crop"] * count
         cells = []
         for i, row in enumerate(encoded.rows):
             if encoded.raw[i]:
                 source = Image.fromarray(encoded.images[i].reshape(int(row["height"]), int(row["width"]), 3))
             else:
                 source = Image.open(io.BytesIO(encoded.images[i].tobytes())).convert("RGB")
-            panels = [with_crop_window(source, params, i, self.size), augmented[i]]
+            panels = [with_crop_window(source, windows[i], self.size), received[i]]
             title = f"{printable(dataset.manifest.classes[int(row['label'])].title)} #{batch.ids[i]}"
             if self.diff:
                 (reference,) = denormalised(reference_sample(source, recipe, params, i)[None], recipe)
-                error = np.abs(reference.astype(int) - augmented[i])
+                error = np.abs(reference.astype(int) - received[i])
                 title += f"; PIL (right) differs by {error.mean():.2f} levels on average, {error.max()} at most"
                 panels.append(reference)
-            cells.append(Cell(panels, title, describe(params, i)))
+            cells.append(Cell(panels, title, operations[i]))
         return cells
+
+    @property
+    def _crop_pct(self) -> float:
+        from pipeline.jobs import CROP_PCT
+
+        return CROP_PCT if self.crop_pct is None else self.crop_pct
+
+    def _batch(self, dataset: ShardSet, count: int, recipe: AugmentRecipe) -> Batch:
+        """Return the first `count` images of the epoch, or of the evaluation, exactly as the model receives them."""
+        import torch
+
+        from pipeline.batch_shape import BatchShape
+        from pipeline.loader import EvalLoader, TrainLoader
+        from pipeline.plan import EvalPlan, Position, TrainPlan
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options = LoaderOptions(loader=self.loader)
+        loader: TrainLoader | EvalLoader
+        if self.split == "train":
+            plan = TrainPlan(dataset.shard_samples("train"), global_batch=count, seed=self.seed)
+            shape, start = BatchShape(global_batch=count), Position(self.epoch, 0)
+            loader = TrainLoader(
+                dataset, plan, shape, recipe, epochs=self.epoch + 1, start=start, device=device, options=options
+            )
+        else:
+            loader = EvalLoader(
+                dataset,
+                EvalPlan(count, batch=count),
+                size=self.size,
+                mean=recipe.mean,
+                std=recipe.std,
+                device=device,
+                split=self.split,
+                crop_pct=self._crop_pct,
+                options=options,
+            )
+        with loader:
+            return next(iter(loader))
 
 
 @dataclass(frozen=True)
@@ -162,23 +208,6 @@ class Cell:
     """Description of the augmentation."""
 
 
-def first_batch(
-    dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe, options: LoaderOptions
-) -> Batch:
-    """Return the global batch at a position, exactly as training receives it."""
-    import torch
-
-    from pipeline.batch_shape import BatchShape
-    from pipeline.loader import TrainLoader
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = BatchShape(global_batch=plan.global_batch)
-    with TrainLoader(
-        dataset, plan, shape, recipe, epochs=position.epoch + 1, start=position, device=device, options=options
-    ) as loader:
-        return next(loader)
-
-
 def denormalised(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:
     """Convert normalised images, float32 [n, 3, H, W], to n images of uint8 [H, W, 3]."""
     mean, std = (np.asarray(values).reshape(3, 1, 1) for values in (recipe.mean, recipe.std))
@@ -186,14 +215,28 @@ def denormalised(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pix
     return list(pixels.transpose(0, 2, 3, 1))
 
 
-def with_crop_window(source: Image.Image, params: SampleParams, i: int, size: int) -> Pixels:
-    """Fit the source into a square and draw the outline of its crop window: uint8 [size, size, 3]."""
+def centre_crops(
+    heights: NDArray[np.int32], widths: NDArray[np.int32], *, size: int, crop_pct: float
+) -> NDArray[np.float64]:
+    """Return the crop windows of an evaluation in the source images: (y, x, height, width), float64 [n, 4]."""
+    from pipeline.jobs import eval_windows
+
+    windows, regions = eval_windows(heights, widths, size, crop_pct)
+    return np.hstack([windows[:, :2] + regions[:, :2], regions[:, 2:]])
+
+
+def with_crop_window(source: Image.Image, window: NDArray[Any], size: int) -> Pixels:
+    """Fit the source into a square and draw the outline of a crop window: uint8 [size, size, 3].
+
+    Args:
+        window: y, x, height and width in pixels of the source.
+    """
     scale = size / max(source.size)
     width, height = (max(1, round(side * scale)) for side in source.size)
     square = Image.new("RGB", (size, size), "white")
     corner = (size - width) // 2, (size - height) // 2
     square.paste(source.resize((width, height), Image.Resampling.BICUBIC), corner)
-    y, x, high, wide = (params.windows[i] * scale).tolist()
+    y, x, high, wide = (window * scale).tolist()
     left, top = corner[0] + x, corner[1] + y
     ImageDraw.Draw(square).rectangle((left, top, left + wide - 1, top + high - 1), outline=WINDOW_COLOUR)
     return np.asarray(square)

@@ -38,6 +38,9 @@ Seconds = Annotated[float, Interval(ge=0, le=10**8)]
 """Duration in seconds, up to three years, which all system timers support."""
 Side = Annotated[int, Interval(ge=1, le=8192)]
 """Side of a square image, in pixels."""
+CropPct = Annotated[float, Interval(ge=0.1, le=1)]
+"""Fraction of the short side that the centre crop of an evaluation keeps. Images are first resized to size / crop_pct
+pixels, so a small one would make them huge."""
 MAX_BATCH = 1_000_000
 Batch = Annotated[int, Interval(ge=1, le=MAX_BATCH)]
 """Batch size in images."""

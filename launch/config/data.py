@@ -18,13 +18,11 @@ from pipeline.storage.remote.url import check_url, is_remote
 from shards.format.dataset import ShardSet
 from shards.format.manifest_digest import ManifestDigest, split_digest
 from shards.option_help import default
-from shards.ranges import Batch, Fraction, check_ranges
+from shards.ranges import Batch, CropPct, Fraction, check_ranges
 
 DEFAULT_DATA = Path("imagenet-shards")
 # FAT downsamples images by a factor of 32.
 ModelSide = Annotated[int, Interval(ge=32, le=8192)]
-# Evaluation first resizes images to size / crop_pct pixels, so a small crop_pct would make them huge.
-CropPct = Annotated[float, Interval(ge=0.1, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from launch.cli import main as pipeline
 from pipeline import look
+from pipeline.augment.recipe import augment_recipe
+from pipeline.loader import EvalLoader
 from pipeline.look import Cell, Look, contact_sheet
+from pipeline.plan import EvalPlan
 from shards.format.dataset import ShardSet
 from tests.support.serving import serve
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -69,6 +75,37 @@ def test_the_crop_window_is_drawn_into_the_source(photos: Path, tmp_path: Path, 
     for cell in cells:
         before = cell.panels[0].reshape(-1, 3)
         assert (before == look.WINDOW_COLOUR).all(axis=1).sum() > 4 * 10
+
+
+def test_images_of_another_split_are_those_of_an_evaluation(photos: Path, tmp_path: Path, cells: list[Cell]) -> None:
+    out = str(tmp_path / "sheet.png")
+    arguments = ["look", str(photos), "--split", "val", "--size", "64", "--crop-pct", "0.5", "--count", "5"]
+    assert pipeline([*arguments, "--out", out]) == 0
+    dataset = ShardSet(photos)
+    count = min(5, dataset.split("val").samples)
+    assert len(cells) == count
+    normal = augment_recipe("none", size=64)
+    with EvalLoader(
+        dataset, EvalPlan(count, batch=count), size=64, crop_pct=0.5, mean=normal.mean, std=normal.std, device=CPU
+    ) as loader:
+        expected = look.denormalised(next(iter(loader)).images.numpy(), normal)
+    for cell, pixels in zip(cells, expected, strict=True):
+        assert np.array_equal(cell.panels[1], pixels)
+        assert cell.operations == "centre crop"
+        drawn = np.argwhere((cell.panels[0] == look.WINDOW_COLOUR).all(axis=-1))
+        top, left, bottom, right = *drawn.min(axis=0), *drawn.max(axis=0)
+        assert abs(top + bottom - 63) <= 2, "the window is centred"
+        assert abs(left + right - 63) <= 2
+        assert abs((bottom - top) - (right - left)) <= 2, "and square"
+
+
+def test_only_training_images_can_be_compared_with_pil(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert pipeline(["look", str(photos), "--split", "val", "--diff", "--out", str(out)]) == 2
+    assert "--diff with --split val: only training images are augmented; omit --diff" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_long_captions_are_wrapped_to_the_width_of_their_cell() -> None:
