@@ -43,7 +43,7 @@ ANSWER_SECONDS = 20.0
 # Time limit for `_report`, which reads and writes files. All of `_end` must take less than the 45 s after which the
 # hanging collective times out as well (`AFTER_WATCHDOG`).
 REPORT_SECONDS = ANSWER_SECONDS + 5.0
-# Time limit for writing to standard error, which may be a pipe whose reader hangs.
+# Time limit for each write to standard error, which may be a pipe whose reader hangs.
 PRINT_SECONDS = 1.0
 # Wait before exiting, which closes the connections to other ranks: they may still be writing stack traces.
 FAREWELL_SECONDS = 3.0
@@ -59,10 +59,13 @@ class Watchdog:
         run: run folder.
         timeout: seconds without progress after which the process ends; 0: never. Until the first step is done, the
             timeout is at least half an hour.
+        close: called before the process ends; it restores the terminal.
     """
 
-    def __init__(self, run: Path, world: World, *, timeout: float) -> None:
-        self._run, self._world, self._timeout = run, world, timeout
+    def __init__(
+        self, run: Path, world: World, *, timeout: float, close: Callable[[], object] = lambda: None
+    ) -> None:
+        self._run, self._world, self._timeout, self._close = run, world, timeout, close
         self._limit = max(timeout, START_TIMEOUT.total_seconds())
         self._steps, self._beat_at = 0, time.monotonic()
         self._stepped = self._evaluated = False
@@ -172,6 +175,7 @@ class Watchdog:
                 self._reason += f"; {self._run} did not answer for {REPORT_SECONDS:.0f} s"
                 stacks = "the stack traces are above"
                 finishes(dump_to_stderr, PRINT_SECONDS)
+            finishes(self._close, PRINT_SECONDS)
             line = f"stalled: {self._reason}; {stacks}"
             finishes(lambda: print(line, file=sys.stderr, flush=True), PRINT_SECONDS)
             time.sleep(FAREWELL_SECONDS)

@@ -36,7 +36,8 @@ if how == "hang":
     watchdog.LAST_RESORT_SECONDS, watchdog.REPORT_SECONDS = 60.0, 4.0
     ranks = 3
     watchdog.new_start = lambda folder, world: heartbeat.Start(heartbeat.clear(folder), ("h0", "h1", "h2"))
-with watchdog.Watchdog(run, World(0, ranks, 0, 1, torch.device("cpu")), timeout=1.0) as dog:
+world = World(0, ranks, 0, 1, torch.device("cpu"))
+with watchdog.Watchdog(run, world, timeout=1.0, close=lambda: print("closed", flush=True)) as dog:
     for step in range(1, 4):
         dog.beat(step)
         time.sleep(0.4)
@@ -76,7 +77,7 @@ def test_a_run_that_makes_progress_is_not_ended(tmp_path: Path) -> None:
 
 def test_a_process_without_progress_writes_stacks_and_ends_with_the_reserved_status(tmp_path: Path) -> None:
     done = run_program(tmp_path / "run", "sleep")
-    assert done.returncode == 75, done.stderr
+    assert (done.returncode, done.stdout) == (75, "closed\n"), done.stderr
     assert "stalled: rank 0 on" in done.stderr
     assert "after step 3; this is the only rank, so the input data" in done.stderr
     assert json.loads((tmp_path / "run" / "status").read_text())["status"] == "stalled"
