@@ -251,6 +251,8 @@ class _Start:
             self._ended = status or "unknown"
             if self._ended != "running" or not self._stepped:
                 self._add_unlogged(alive, None)
+        elif self._ended != "finished":
+            self.categories[SAVING] += self._take()
         self.categories[OTHER] += self._take()
 
     def _add_unlogged(self, alive: float | None, step: int | None) -> None:
