@@ -110,7 +110,7 @@ def train(
         Metrics(recipe, feed, engine, state, trackers, display=DISPLAY, start=start) as metrics,
         folder,  # writes RUN/status before the trackers are closed, which may take half a minute
         Preemption(folder.path, world, deadline=stop_at, signals=signals) as preemption,
-        Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
+        Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout, close=DISPLAY.close) as watchdog,
         folder.renew_status(renewal, lambda: metrics.step),
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
         feed.eval_loader(dtype=engine.input_dtype) as val_loader,
@@ -227,8 +227,10 @@ def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
         DISPLAY.phase(f"waiting for the lock of {run}")
         lock.acquire(world, create=False)  # no folder is created before the input has been validated
         previous = broadcast_from_rank0(lambda: read_previous(run), world)
-        if world.is_main:  # replace the status of an earlier start, but keep how far its training had come
-            write_status(run, "running", at=previous.training if previous and previous.interrupted else None)
+        if world.is_main:
+            if read_status(run) != "finished":  # a start that ends before it trains leaves a finished run as it is
+                # Replace the status of an earlier start, but keep how far its training had come.
+                write_status(run, "running", at=previous.training if previous and previous.interrupted else None)
             renewal.start()
         warnings = preflight(recipe, world)
         for warning in warnings:

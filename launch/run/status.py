@@ -151,8 +151,8 @@ def _overwrite(path: Path, text: bytes) -> bool:
 class StatusRenewal:
     """Renews RUN/status in a background thread while the run is running. A context manager.
 
-    A thread, because shared storage may hang. It writes nothing after another status than "running" has been written,
-    for example by the watchdog of another rank.
+    A thread, because shared storage may hang. It writes nothing while the status is not "running", which may have been
+    written by the watchdog of another rank.
 
     Args:
         renew: writes the status "running" with the current step; it may be replaced.
@@ -181,9 +181,12 @@ class StatusRenewal:
 
     def _loop(self) -> None:
         while not self._ends.wait(self._interval):
-            with self._writing:
-                if self._ends.is_set() or read_status(self._run) not in ("running", None):
-                    return
+            self.renew_if_running()
+
+    def renew_if_running(self) -> None:
+        """Renew RUN/status now, unless its status is another one."""
+        with self._writing:
+            if not self._ends.is_set() and read_status(self._run) in ("running", None):
                 self.renew()
 
 

@@ -13,6 +13,7 @@ from launch.run.evaluation_record import read_evaluation
 from shards.format.dataset import ShardSet
 from tests.dist.trainings import Trainer
 from tests.support.launching import accelerate, lines
+from tests.support.runs import status
 
 # A short training that reaches about 98 %: the recipe of the demo with half the image size and a fifth of the epochs.
 SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "4", "--warmup-epochs", "1")
@@ -94,6 +95,7 @@ def test_a_run_is_not_resumed_with_another_recipe(train: Trainer, tmp_path: Path
     assert done.returncode == 2
     assert "global_batch was 64, now 32" in done.stderr
     assert "Traceback" not in done.stderr
+    assert status(tmp_path / "run")["status"] == "finished", "a start that is refused does not change the run"
 
 
 def test_a_world_size_that_does_not_divide_the_batch_fails_with_status_2(tmp_path: Path, digits: Path) -> None:

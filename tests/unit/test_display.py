@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from launch.monitor.display import Display
-from launch.monitor.view import View, duration
+from launch.monitor.view import View
 from launch.run.status import BEFORE_NAME, StatusRenewal, read_content, read_previous, write_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,13 +117,6 @@ def test_elapsed_time_continues_that_of_earlier_starts() -> None:
     assert View(seconds=3600.0).elapsed == pytest.approx(3600.0, abs=1.0)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (61.4, "0:01:01"), (86399.6, "1 d 00:00:00"), (187_205, "2 d 04:00:05")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def test_a_file_gets_lines_with_the_time_and_no_control_code() -> None:
     file = io.StringIO()
     display = Display(enabled=True, file=file)
@@ -205,12 +198,11 @@ def test_no_color_is_honoured() -> None:
     assert not re.search(r"\x1b\[(3[0-7]|38|4[0-7]|9[0-7])[;m]", text)
 
 
-def test_the_status_is_renewed_until_another_one_is_written(tmp_path: Path) -> None:
-    steps = iter(range(100))
+def test_the_status_is_renewed_while_it_is_running(tmp_path: Path) -> None:
     renewed = threading.Event()
 
     def renew() -> None:
-        write_status(tmp_path, "running", step=0, at=(next(steps), time.time()))
+        write_status(tmp_path, "running", step=0, at=(7, time.time()))
         renewed.set()
 
     write_status(tmp_path, "running")
@@ -219,13 +211,26 @@ def test_the_status_is_renewed_until_another_one_is_written(tmp_path: Path) -> N
         content = read_content(tmp_path)
         assert content is not None
         assert content.status == "running"
-        assert content.pid == os.getpid()
-        write_status(tmp_path, "stalled", reason="rank 3 is silent")
-        renewal._thread.join(30)
-        assert not renewal._thread.is_alive()
+        assert (content.pid, content.at_step) == (os.getpid(), 7)
+    write_status(tmp_path, "stalled", reason="rank 3 is silent")
+    renewed.clear()
+    renewal.renew_if_running()
+    assert not renewed.is_set(), "nothing is written after the end"
+
+
+def test_another_status_is_not_replaced_until_the_run_is_running_again(tmp_path: Path) -> None:
+    renewal = StatusRenewal(tmp_path, lambda: write_status(tmp_path, "running", reason="renewed"))
+    for status in ("stalled", "finished", "failed"):
+        write_status(tmp_path, status, reason="rank 3 is silent")
+        renewal.renew_if_running()
+        content = read_content(tmp_path)
+        assert content is not None
+        assert (content.status, content.reason) == (status, "rank 3 is silent")
+    write_status(tmp_path, "running")
+    renewal.renew_if_running()
     content = read_content(tmp_path)
     assert content is not None
-    assert (content.status, content.reason) == ("stalled", "rank 3 is silent")
+    assert (content.status, content.reason) == ("running", "renewed")
 
 
 def test_the_status_that_the_batch_script_has_renamed_is_the_previous_one(tmp_path: Path) -> None:
