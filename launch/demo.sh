@@ -20,13 +20,15 @@ HF_HOME="$DEMO/no-launcher-defaults" "$BIN/accelerate" launch launch/train.py \
 say "5/5 results"
 "$BIN/python" - "$DEMO" <<'PY'
 import pathlib, sys
+from launch.monitor.panels import Timeline
 from launch.run.metrics_file import read_metrics
 demo = pathlib.Path(sys.argv[1])
-lines = read_metrics(demo / "run")
-evals = [line for line in lines if line["kind"] == "eval"]
-end = [line for line in lines if line["kind"] == "end"][-1]
-print(f"validation accuracy {evals[-1]['top1']:.2%} (best {max(e['top1'] for e in evals):.2%}) "
-      f"over {evals[-1]['samples']} images, trained {end['seconds']:.0f} s")
+run = Timeline("demo", read_metrics(demo / "run"))
+last = [line for line in run.final if line["kind"] == "eval"][-1]
+end = [line for line in run.final if line["kind"] == "end"][-1]
+best, weights = run.best()
+print(f"validation accuracy {last['top1']:.2%} (best {best:.2%}{', EMA' * (weights == 'average')}) "
+      f"over {last['samples']} images, trained {end['seconds']:.0f} s")
 print(f"figures: {demo}/batch.png, {demo}/run/curves.png")
 PY
 "$BIN/pipeline" report "$DEMO/run" --out "$DEMO/report.html"

@@ -124,12 +124,14 @@ def is_terminal() -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration such as 4.2 s, 38 s, 12:05 or 3:07:00."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """Return a duration such as 4.2 s, 38 s, 0:12:05 or 2 d 03:07:00. A negative one is zero."""
+    seconds = max(0.0, seconds)
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if round(seconds, 1) < 10 else f"{seconds:.0f} s"
+    days, rest = divmod(round(seconds), 86400)
+    hours, rest = divmod(rest, 3600)
+    clock = f"{rest // 60:02}:{rest % 60:02}"
+    return f"{days} d {hours:02}:{clock}" if days else f"{hours}:{clock}"
 
 
 def _live_line(*columns: str | ProgressColumn, transient: bool = False) -> LiveLine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from launch.run.metrics_file import METRICS_NAME, read_run
 from launch.run.status import StatusContent, read_content
 from shards.errors import UserError
 from shards.files.lock import STALE_SECONDS
+from shards.progress import duration
 
 WIDTH = 80
 
@@ -75,8 +75,3 @@ def describe(found: Goodput) -> str:
     if found.running:
         lines.append("the run is still running: the figures are up to its last line")
     return "\n".join((*lines, *(f"note: {note}" for note in found.notes)))
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as text, such as 12.3 s, 1:02:03 or 3 days, 4:05:06."""
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

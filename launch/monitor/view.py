@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shards.progress import duration
 from shards.redact import printable
 
 if TYPE_CHECKING:
@@ -153,14 +154,6 @@ class View:
         for line in lines:
             table.add_row(line)
         yield table
-
-
-def duration(seconds: float) -> str:
-    """Format a duration like 0:03:12, or 2 d 03:12:05."""
-    days, rest = divmod(max(0, round(seconds)), 86400)
-    hours, rest = divmod(rest, 3600)
-    text = f"{rest // 60:02}:{rest % 60:02}"
-    return f"{days} d {hours:02}:{text}" if days else f"{hours}:{text}"
 
 
 def _wrap(items: list[str], width: int) -> list[str]:

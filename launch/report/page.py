@@ -17,7 +17,8 @@ from launch.report.charts import charts, run_keys
 from launch.report.loaded_run import LoadedRun
 from launch.report.mistakes import mistakes
 from launch.report.options import chosen, differences, environment, options
-from launch.report.summary import clock, duration, paper_accuracy, summarize
+from launch.report.summary import clock, paper_accuracy, summarize
+from shards.progress import duration
 from shards.redact import printable
 
 FOLDER = Path(__file__).parent

@@ -14,9 +14,9 @@ from launch.monitor.metrics import WEIGHTS_NAMES
 from launch.monitor.panels import Lines
 from launch.report.loaded_run import LoadedRun
 from launch.run.metrics_schema import EVALUATIONS
+from shards.progress import duration
 
 IMAGENET_CLASSES = 1000  # of ImageNet-1K, on which the paper's accuracies were measured
-_SECONDS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,6 @@ def paper_accuracy(run: LoadedRun) -> tuple[float, str] | None:
     if classes != IMAGENET_CLASSES or value is None:
         return None
     return value, f"paper, FAT-{variant.upper()}: {value} %"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in its two largest units."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    rest = round(seconds)
-    parts: list[str] = []
-    for unit, size in _SECONDS:
-        count, rest = divmod(rest, size)
-        if count or parts:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2])
 
 
 def clock(moment: float) -> str:

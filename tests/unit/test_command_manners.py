@@ -334,7 +334,18 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(4.21, "4.2 s"), (38, "38 s"), (59.7, "60 s"), (725, "12:05"), (11220, "3:07:00")]
+    ("seconds", "shown"),
+    [
+        (-1, "0.0 s"),
+        (4.21, "4.2 s"),
+        (9.96, "10 s"),
+        (38, "38 s"),
+        (59.7, "0:01:00"),
+        (725, "0:12:05"),
+        (11220, "3:07:00"),
+        (86399.6, "1 d 00:00:00"),
+        (187_205, "2 d 04:00:05"),
+    ],
 )
 def test_durations_are_readable(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown

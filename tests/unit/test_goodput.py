@@ -15,7 +15,7 @@ from launch.monitor import goodput as categories
 from launch.monitor.goodput import CATEGORIES, goodput
 from launch.run.metrics_file import METRICS_NAME, final_timeline, read_metrics, starts
 from launch.run.status import write_status
-from tests.support.histories import EVALUATION, STEP, WAIT, History, StartPlan, simulate
+from tests.support.histories import EVALUATION, SAVE, STEP, WAIT, History, StartPlan, simulate
 
 SECONDS = st.floats(0, 100)
 PLANS = st.builds(
@@ -200,6 +200,15 @@ def test_an_interrupted_evaluation_is_lost_work_but_loses_no_steps() -> None:
     assert [start.ended for start in found.starts] == ["preempted (SIGTERM)", "finished"]
 
 
+def test_the_save_of_a_run_that_was_preempted_and_not_resumed_yet_is_saving() -> None:
+    history = simulate([StartPlan(steps=7, ended="preempted")], total=20, log_every=5, save_every=5)
+    lines = starts(history.lines)[0]
+    lines[-1] = lines[-1] | {"time": lines[-1]["time"] + 1.5}
+    found = goodput(lines)
+    assert found.categories[categories.SAVING] == pytest.approx(SAVE + 1.5, abs=1e-4)
+    assert found.categories[categories.OTHER] == 0.0
+
+
 @pytest.mark.parametrize(
     ("status", "ended", "lost"), [("running", "running", 0.0), ("killed", "killed", 8.0), (None, "unknown", 8.0)]
 )
@@ -239,7 +248,7 @@ def test_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureF
     assert max(map(len, table.splitlines())) <= 80
     assert "in 3 starts, 5 steps were done again" in table
     assert [line.split() for line in table.splitlines() if line.endswith("preempted (SIGTERM)")] == [
-        ["2", "2", "20", "25", "0", "22.0", "s", "17.0%", "preempted", "(SIGTERM)"]
+        ["2", "2", "20", "25", "0", "22", "s", "17.0%", "preempted", "(SIGTERM)"]
     ]
     assert main(["goodput", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -16,7 +16,7 @@ from launch.config.recipe import Recipe
 from launch.report.loaded_run import load_runs
 from launch.report.mistakes import THUMBNAIL_BYTES, mistakes
 from launch.report.options import differences
-from launch.report.summary import duration, paper_accuracy, summarize
+from launch.report.summary import paper_accuracy, summarize
 from launch.run.evaluation_record import RECORD_NAME
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
@@ -268,9 +268,3 @@ def test_summary_of_a_run_before_its_first_step(tmp_path: Path) -> None:
     found = summarize(load_runs([run])[0])
     assert (found.step, found.rate_note, found.best) == ("0 of 100", "no step has been logged", "-")
     assert "No step has been logged" in report(run, out=tmp_path / "report.html").text
-
-
-def test_durations_have_two_units() -> None:
-    assert [duration(s) for s in (0.04, 59.6, 61, 3600, 90_000, 864_000)] == [
-        "0.0 s", "1 min 0 s", "1 min 1 s", "1 h 0 min", "1 d 1 h", "10 d 0 h",
-    ]  # fmt: skip
