@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import LAUNCHER, ROOT, TRAIN, environment, free_port
-from tests.support.runs import OPTIONS, STARTED, ranks_of, status, wait_for_step
+from tests.support.launching import LAUNCHER, TRAIN, environment, free_port
+from tests.support.launching import run as run_command
+from tests.support.runs import OPTIONS, ranks_of, spawn, status, wait_for_step
 from tests.support.terminal import Terminal
 from tests.support.waiting import wait_until
 
@@ -45,15 +45,7 @@ def launcher(name: str, ranks: int = 1) -> tuple[str, ...]:
 )
 def test_an_error_of_all_ranks_is_printed_once_and_last(tmp_path: Path, name: str, ranks: int, expected: int) -> None:
     missing = tmp_path / "missing"
-    done = subprocess.run(
-        [*launcher(name, ranks), *OPTIONS, "--data", missing, "--out", tmp_path / "run"],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_command(tmp_path, *launcher(name, ranks), *OPTIONS, "--data", missing, "--out", tmp_path / "run")
     error = f"error: {missing}: no such shard set; create it with 'pipeline shard SOURCE --out {missing}'"
     assert done.stderr.count("no such shard set") == 1, done.stderr
     last = [line for line in done.stderr.splitlines() if line.strip("=")][-1]  # torch draws a line below
@@ -68,23 +60,13 @@ def test_an_error_of_all_ranks_is_printed_once_and_last(tmp_path: Path, name: st
 
 @pytest.mark.slow
 def test_wrong_usage_is_printed_once_by_several_ranks(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*PIPELINE, "--processes", "2", "--", "--varient", "b3"],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_command(tmp_path, *PIPELINE, "--processes", "2", "--", "--varient", "b3")
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("--varient: no such option of") == 1
 
 
 def test_training_options_before_the_separator_get_a_hint(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*PIPELINE, "--variant", "b3"], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
-    )
+    done = run_command(tmp_path, *PIPELINE, "--variant", "b3")
     expected = "error: --variant: a training option; write training options after --: pipeline train -- --variant b3\n"
     assert (done.returncode, done.stderr) == (2, expected)
 
@@ -133,14 +115,7 @@ def test_a_second_ctrl_c_at_a_terminal_says_what_is_lost(tmp_path: Path, digits:
 @pytest.mark.slow
 def test_the_end_of_the_launcher_saves_the_run(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [*LAUNCHER, TRAIN, *OPTIONS, "--data", digits, "--out", run],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    STARTED.append(process)
+    process = spawn(tmp_path, *LAUNCHER, TRAIN, *OPTIONS, "--data", digits, "--out", run)
     wait_for_step(run, 1, process)
     process.kill()
     wait_until(lambda: not ranks_of(run))
@@ -149,14 +124,7 @@ def test_the_end_of_the_launcher_saves_the_run(tmp_path: Path, digits: Path) -> 
 
 def test_a_killed_rank_is_named_in_one_line(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [*launcher("pipeline", 2), *OPTIONS, "--data", digits, "--out", run],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    STARTED.append(process)
+    process = spawn(tmp_path, *launcher("pipeline", 2), *OPTIONS, "--data", digits, "--out", run)
     wait_for_step(run, 1, process)
     (killed,) = (pid for pid in ranks_of(run) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(killed, signal.SIGKILL)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import ROOT, TRAIN, environment
+from tests.support.launching import TRAIN, environment, python
 from tests.support.runs import OPTIONS
 from tests.support.terminal import Terminal
 
 SHORT = (*OPTIONS, "--epochs", "2", "--warmup-epochs", "0", "--ema", "0.9")
-DURATION = r"\d+:\d\d:\d\d"
+DURATION = r"(\d+(\.\d)? s|\d+:\d\d:\d\d)"
 # What each line of the view consists of, from top to bottom, once an epoch has been evaluated.
 LINES = (
     r"run   fat_b0 on CPUs(   evaluating the (weights|moving average): \d+ of 360 images)?",
@@ -53,17 +52,10 @@ def test_the_live_view_is_complete_and_leaves_a_clean_terminal(
 
 
 def test_a_file_gets_lines_with_time_epoch_elapsed_and_eta(tmp_path: Path, digits: Path) -> None:
-    command = [sys.executable, TRAIN, *OPTIONS, "--epochs", "1", "--warmup-epochs", "0", "--stop-after", "3"]
+    command = [TRAIN, *OPTIONS, "--epochs", "1", "--warmup-epochs", "0", "--stop-after", "3"]
     for expected in ("22 steps|3 steps in", "already finished: 3 steps, best top-1"):
-        done = subprocess.run(
-            [*command, "--data", digits, "--out", tmp_path / "run"],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=True,
-        )
+        done = python(tmp_path, *command, "--data", digits, "--out", tmp_path / "run")
+        assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stderr)
         assert not [line for line in lines if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line)]

@@ -43,21 +43,18 @@ def accelerate(
     topology = (
         [] if ranks == 1 else ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
     )
-    return subprocess.run(
-        [*LAUNCHER, *topology, TRAIN, *map(str, args)],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return run(tmp_path, *LAUNCHER, *topology, TRAIN, *args, timeout=timeout)
 
 
 def python(tmp_path: Path, *args: str | Path, timeout: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGS`."""
+    return run(tmp_path, sys.executable, *args, timeout=timeout, **env)
+
+
+def run(tmp_path: Path, *command: str | Path, timeout: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the project's folder, in `environment`."""
     return subprocess.run(
-        [sys.executable, *map(str, args)],
+        list(map(str, command)),
         cwd=ROOT,
         env=environment(tmp_path, **env),
         capture_output=True,

@@ -27,8 +27,13 @@ def start(
     """Start a run in a separate process group: one Python process, or several with `accelerate launch`."""
     topology = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
     command = [*LAUNCHER, *topology] if ranks > 1 else [sys.executable]
+    return spawn(tmp_path, *command, *script, *OPTIONS, *args)
+
+
+def spawn(tmp_path: Path, *command: str | Path) -> subprocess.Popen[str]:
+    """Start a command in a separate process group."""
     process = subprocess.Popen(
-        [*command, *script, *OPTIONS, *map(str, args)],
+        list(map(str, command)),
         cwd=ROOT,
         env=environment(tmp_path),
         stdout=subprocess.DEVNULL,
