@@ -6,9 +6,9 @@ internal state.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import nn
 from launch.config.errors import RecipeError
 from launch.machine.world import World
 
-CPU_EXTENSION = "deepspeed_shm_comm"
 FOLDER = Path(__file__).resolve().parents[1] / "zero"
 
 
@@ -89,12 +88,8 @@ def wrap(
     # Accelerate keeps the settings of the first engine of a process, but `pipeline tune` builds several.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if zero and not cuda and world.is_main and not _extension_is_built():
-        print(
-            "ZeRO on CPUs: DeepSpeed compiles its C++ extension for communication (once, one to two minutes)",
-            file=sys.stderr,
-            flush=True,
-        )
+    if zero and not cuda:
+        _without_cpu_extension()
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     _check_agreement(accelerator, world)
     with warnings.catch_warnings():
@@ -107,12 +102,14 @@ def wrap(
     return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
 
 
-def _extension_is_built() -> bool:
-    """Return whether torch's folder of compiled extensions has the one that DeepSpeed uses on CPUs."""
-    from torch.utils.cpp_extension import get_default_build_root
+def _without_cpu_extension() -> None:
+    """Prevent DeepSpeed from compiling its C++ extension for communication between CPUs, which takes a minute.
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return any(root.glob(f"**/{CPU_EXTENSION}.so"))
+    Only tensor-parallel inference uses the extension. If its compilation is killed, its lock blocks all later starts.
+    """
+    # Not `import deepspeed.comm.torch`, whose attribute `torch` is the library.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 def deepspeed_config(

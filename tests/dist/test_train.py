@@ -63,8 +63,9 @@ def test_defaults_choose_engine_and_precision_by_the_device(tmp_path: Path, digi
     assert [line["step"] for line in lines(run, "train")] == [1, 2]
 
 
-def test_zero_1_with_bf16(tmp_path: Path, digits: Path) -> None:
-    run = tmp_path / "run"
+def test_zero_1_with_bf16(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, extensions = tmp_path / "run", tmp_path / "extensions"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     options = (*FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "4", "--zero", "1", "--precision", "bf16")
     done = accelerate(tmp_path, *options, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -72,6 +73,7 @@ def test_zero_1_with_bf16(tmp_path: Path, digits: Path) -> None:
     assert lines(run, "train")[-1]["loss"] < lines(run, "train")[0]["loss"]
     weights = load_file(run / "weights.safetensors")
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+    assert not extensions.exists(), "DeepSpeed has compiled an extension, which takes a minute"
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_by_bit(train: Trainer, tmp_path: Path, digits: Path) -> None:
