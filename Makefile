@@ -27,7 +27,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-docs test-fuzz test-dist test-slurm test-all mutants lint audit docs bench gpu clean
+.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants lint audit docs bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,23 +59,21 @@ $(FOR_TESTS): $(INSTALLED)
 demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png and report.html in demo/
 	@BIN=$(BIN) DEMO=$(DEMO) bash launch/demo.sh
 
-test: lint test-unit test-docs test-fuzz test-dist test-slurm  ## lint, unit tests, documentation, fuzzing, distributed tests, SLURM cluster on this machine
+test: lint test-unit test-dist test-timed test-slurm  ## lint, unit tests, documentation, fuzzing, distributed tests, SLURM cluster on this machine
 
+FAST = not gpu and not slow and not timed
+
+# Also every command and Python example of README and docs, the site, the language of code and pages, and fuzzing.
 # OpenMP threads spin while they wait, which would slow down several processes on few cores.
 test-unit: $(FOR_TESTS)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit -m "not gpu and not slow and not timed" -n $(TEST_WORKERS) --dist worksteal
-	$(BIN)/python -m pytest tests/unit -m "timed and not gpu and not slow"
-
-# Every command and Python example of README and docs, the site, and the language of code and pages.
-test-docs: $(FOR_TESTS)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/docs tests/language -n $(TEST_WORKERS) --dist worksteal
-
-test-fuzz: $(FOR_TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m "not slow"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit tests/docs tests/language tests/fuzz -m "$(FAST)" -n $(TEST_WORKERS) --dist worksteal
 
 test-dist: $(FOR_TESTS)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not slow and not timed" -n $(TEST_WORKERS) --dist worksteal
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "timed and not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "$(FAST)" -n $(TEST_WORKERS) --dist worksteal
+
+# Only their files, because collecting all others takes longer than the tests.
+test-timed: $(FOR_TESTS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $$(grep -rlF mark.timed tests --include=*.py) -m "timed and not gpu and not slow"
 
 test-slurm: $(FOR_TESTS) slurm-installed
 	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"

@@ -25,8 +25,9 @@ with contextlib.suppress(ImportError):  # hypothesis is not installed where only
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest test first, so that with two processes all other tests run in parallel with it."""
-    items.sort(key=lambda item: not item.name.startswith("test_in_the_interpreter"))
+    """Start the longest tests first, so that with two processes all other tests run in parallel with them."""
+    longest = ("test_in_the_interpreter", "test_commands_of_a_page", "test_one_process_learns")
+    items.sort(key=lambda item: not item.name.startswith(longest))
 
 
 @pytest.fixture(autouse=True)

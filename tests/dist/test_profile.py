@@ -23,6 +23,7 @@ def trace_of(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_profiled_run_has_the_same_losses_and_names_its_files(train: Trainer, tmp_path: Path, digits: Path) -> None:
     results = {}
     for name, options in (("plain", ()), ("profiled", PROFILE)):

@@ -15,9 +15,14 @@ OPTIONS: dict[str, set[str]] = {
     "launch/train.py": {"--recipe"} | {row.flag for _, kind in sections(Recipe) for row in options(kind)},
     **{command: {row.flag for row in options(kind)} for command, kind in COMMAND_CLASSES.items()},
 }
+# Pages whose commands only `make test-all` runs: unit tests export, fuse and count the models, and log to the trackers.
+SLOW_PAGES = ("model", "trackers")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in SLOW_PAGES)) for page in PAGES],
+)
 def test_commands_of_a_page_succeed(page: Path, folder: Path, shell: Shell) -> None:
     """Blocks run in order, in one folder; those that need a GPU, a cluster or a server are marked in the page."""
     script = folder / ".block.py"

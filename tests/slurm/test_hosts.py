@@ -92,8 +92,9 @@ def test_a_failed_link_ends_both_ranks_and_is_reported_and_the_run_can_be_resume
         assert json.loads((run / "status").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("lost", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lost", [0, 2])
 def test_a_host_that_loses_power_is_reported_and_excluded_from_the_next_start(
     tmp_path: Path, digits: Path, lost: int
 ) -> None:

@@ -57,7 +57,10 @@ def launched(home: Path, text: str, script: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("fp16", "plain", "deepspeed"))) for name in SAVED],
+)
 def test_a_saved_configuration_is_overridden_with_one_note(tmp_path: Path, name: str) -> None:
     text, facts = SAVED[name]
     (tmp_path / "show.py").write_text(SHOW)

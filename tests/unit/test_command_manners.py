@@ -33,7 +33,10 @@ COMMANDS = {
     "roofline": ("-m", "fat.account.roofline"),
     "prefill": ("-m", "fat.kernels.prefill"),
 }
-every_command = pytest.mark.parametrize("command", COMMANDS)
+OFTEN_USED = ("pipeline", "train", "evaluate")
+every_command = pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN_USED)) for name in COMMANDS]
+)
 
 
 def start(

@@ -368,6 +368,7 @@ def passed_in(out: Path) -> set[str]:
     return {name for name, result in found.items() if result["state"] == "passed"}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_leaves_complete_files_and_keeps_all_results(tmp_path: Path) -> None:
     out, work, rng = tmp_path / "out", tmp_path / "work", random.Random(0)
     before: set[str] = set()

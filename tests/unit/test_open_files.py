@@ -83,8 +83,8 @@ def test_a_reader_of_many_files_keeps_few_of_them_open(tmp_path: Path, taken: in
     [
         (32, ["verify", "--workers", "2"]),
         (12, ["verify", "--workers", "2"]),
-        (32, ["look", "--size", "32", "--out", "l.png"]),
-        (6, ["look", "--size", "32"]),
+        pytest.param(32, ["look", "--size", "32", "--out", "l.png"], marks=pytest.mark.slow),
+        pytest.param(6, ["look", "--size", "32"], marks=pytest.mark.slow),
         (12, ["info"]),
     ],
 )

@@ -163,7 +163,7 @@ def test_all_launches_of_a_step_of_fat_b0_are_recorded(monkeypatch: pytest.Monke
     assert {launch.name for launch in recorded} == launched.keys()
 
 
-@pytest.mark.parametrize("model", ["fat_b0", "fat_b3"])
+@pytest.mark.parametrize("model", ["fat_b0", pytest.param("fat_b3", marks=pytest.mark.slow)])
 def test_sizes_that_bound_loops_are_not_specialised(model: str) -> None:
     """The number of kernels stays small. Only blocks and the stem have one kernel per number of channels."""
     with torch.device("meta"):
