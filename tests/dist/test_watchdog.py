@@ -108,6 +108,7 @@ def test_only_the_stopped_rank_is_reported(tmp_path: Path, ranks: int, stopped: 
         assert run.status() == before
 
 
+@pytest.mark.slow
 def test_a_rank_stopped_for_less_than_the_timeout_has_no_effect(tmp_path: Path) -> None:
     with started(tmp_path, 2, steps=60) as run:
         run.wait_for_step(5)
@@ -120,6 +121,7 @@ def test_a_rank_stopped_for_less_than_the_timeout_has_no_effect(tmp_path: Path) 
         assert not list(run.path.glob("stacks-*"))
 
 
+@pytest.mark.slow
 def test_a_rank_with_progress_writes_its_stacks_when_another_rank_hangs(tmp_path: Path) -> None:
     with started(tmp_path, 2, busy_step=5) as run:
         assert run.ranks[0].wait(TIMEOUT + 2 * OVERHEAD) == 75, run.log(0)
