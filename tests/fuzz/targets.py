@@ -395,7 +395,8 @@ sync_bn = "group:2"
 
 def _safetensors_seeds(folder: Path) -> list[bytes]:
     model = fat.FAT(_tiny())
-    info = fat.WeightsInfo(classes=fat.ClassList.of(["n01", "n02"], ["crane", None]), size=64, crop_pct=0.9, step=7)
+    classes = fat.ClassList.of(["n01", "n02"], ["crane", None])
+    info = fat.WeightsInfo(classes=classes, size=64, crop_pct=0.9, mean=(0.5, 0.4, 0.3), ema=True, top1=0.5, step=7)
     fat.save_weights(model, folder / "a.safetensors", info=info)
     return [(folder / "a.safetensors").read_bytes()]
 
