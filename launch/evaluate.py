@@ -2,7 +2,7 @@
 
 python launch/evaluate.py runs/fat --data imagenet-shards/
 
-accelerate launch --multi_gpu --num_processes 8 launch/evaluate.py weights.safetensors --fuse
+accelerate launch --multi_gpu --num_processes 8 launch/evaluate.py weights-last.safetensors --fuse
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,9 +32,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from annotated_types import Interval
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import fat
 from fat.kernels.prefill.work import evaluation
@@ -43,27 +40,23 @@ from launch.config.data import DataConfig, ModelSide
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import kernels_from_environment, zero_and_precision
 from launch.engine.kernel_check import check_kernels
-from launch.engine.loss import MAX_TOP5, SampleResults, evaluate_batches
+from launch.engine.loss import SampleResults, evaluate_batches
 from launch.engine.memory import check_device_memory
-from launch.evaluated_model import load_model
+from launch.evaluated_model import load_model, training_data
+from launch.evaluation_results import show, summarize
 from launch.machine.world import World, connect, run_command
-from launch.monitor.confusion import confusions
 from launch.run.evaluation_record import EvaluationInfo, EvaluationRecord
-from pipeline.augment.recipe import AugmentRecipe
 from pipeline.batch import Batch
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
 from shards.command import check_options, main_program, option_names
 from shards.errors import UserError
 from shards.files.output import check_output, is_standard_output, write_output
-from shards.format.manifest_fields import ClassEntry
 from shards.option_help import default
 from shards.progress import Progress
 from shards.ranges import CropPct, check_ranges
 from shards.redact import printable
 
-WORST_CLASSES = WORST_CONFUSIONS = 5  # rows that are printed
-MAX_CONFUSIONS = 1000  # pairs of classes in the JSON file
 PROG = "launch/evaluate.py"
 
 
@@ -72,9 +65,9 @@ class Evaluate:
     """Evaluate a run, a checkpoint or a weights file."""
 
     model: tyro.conf.Positional[Path]
-    """Run folder (its newest checkpoint is evaluated), checkpoint folder, or weights file: .safetensors, or a
-    checkpoint written by torch.save, including those of other training programs."""
-    data: Annotated[str | None, default("$FAT_DATA, else ./imagenet-shards")] = None
+    """Run folder (its newest checkpoint is evaluated, or its best weights with --best), checkpoint folder, or weights
+    file: .safetensors, or a checkpoint written by torch.save, including those of other training programs."""
+    data: Annotated[str | None, default("that of the run's training, else $FAT_DATA, else ./imagenet-shards")] = None
     """Shard set: a folder or a URL."""
     set_digest: Annotated[str | None, default("not checked")] = None
     """Expected digest of the set's dataset.json, as xxh3=HEX or sha256=HEX ('pipeline info' prints it). The evaluation
@@ -92,6 +85,8 @@ class Evaluate:
     """Images per rank and step. Use a smaller number if the evaluation runs out of memory."""
     limit: Annotated[Annotated[int, Interval(ge=1, le=10**12)] | None, default("all images")] = None
     """Evaluate only the first N images of the split."""
+    best: bool = False
+    """Evaluate the run's best weights instead of those of its newest checkpoint."""
     average: bool = False
     """Evaluate the run's EMA, the moving average of its weights, instead of the weights."""
     fuse: bool = False
@@ -126,18 +121,18 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         raise UserError(f"{dataset.path}: no split '{command.split}' (it has: {known}); use --split train")
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
-    found = load_model(command.model, average=command.average)
+    found = load_model(command.model, average=command.average, best=command.best)
     entries = dataset.manifest.classes
     classes = fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
     model = found.model
     mapped, class_notes = map_classes(
-        found.classes, model.config.num_classes, classes, model=command.model, data=dataset.path
+        found.info.classes, model.config.num_classes, classes, model=command.model, data=dataset.path
     )
     size, crop_pct = command.size or found.size, command.crop_pct or found.crop_pct
     notes = [*found.notes, *class_notes]
     if world.is_main:
-        step = "" if found.step is None else f", step {found.step:,}"
-        kind = ", moving average" if command.average else ""
+        step = "" if found.info.step is None else f", step {found.info.step:,}"
+        kind = ", moving average" if found.average else ""
         data_set = f"{samples:,} images of split '{command.split}' of {dataset.path}, size {size}, crop {crop_pct:g}"
         header = sys.stderr if is_standard_output(command.json) else sys.stdout
         print(printable(f"{found.source}{step}{kind}: {data_set}"), file=header, flush=True)
@@ -152,14 +147,13 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     passes = [evaluation(model, (command.batch, 3, size, size), dtype=dtype)]
     check_kernels(model, world, size=size, dtype=dtype, gradients=False, passes=passes)
-    normal = AugmentRecipe()
     loader = EvalLoader(
         dataset,
         EvalPlan(samples, batch=command.batch, world=world.size, rank=world.rank),
         size=size,
         crop_pct=crop_pct,
-        mean=normal.mean,
-        std=normal.std,
+        mean=found.mean,
+        std=found.std,
         device=world.device,
         dtype=dtype,
         split=command.split,
@@ -180,8 +174,8 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     if rows is None:
         return None
     info = EvaluationInfo(
-        step=found.step,
-        weights="average" if command.average else "weights",
+        step=found.info.step,
+        weights="average" if found.average else "weights",
         outputs=collected.outputs,
         split=command.split,
     )
@@ -190,14 +184,21 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         write_output(command.predictions, record.to_bytes(), "--predictions")
     return {
         "model": str(found.source),
-        "step": found.step,
-        "average": command.average,
+        "step": found.info.step,
+        "average": found.average,
         "split": command.split,
         "size": size,
         "crop_pct": crop_pct,
         "notes": notes,
-        **_figures(counts, record, entries),
+        **summarize(counts, record, entries),
     }
+
+
+def _data(command: Evaluate) -> DataConfig:
+    """Return the data options of the command; the data set is by default that of the run's training."""
+    trained = training_data(command.model) if command.data is None else None
+    data, digest = (command.data, None) if trained is None else (trained.data, trained.set_digest)
+    return DataConfig(data=data, set_digest=command.set_digest or digest, cache=command.cache)
 
 
 def _check_outputs(command: Evaluate) -> None:
@@ -218,63 +219,6 @@ def _with_progress(loader: EvalLoader, samples: int, world: World) -> Iterator[B
             progress.update(min(done, samples))
 
 
-def _figures(counts: torch.Tensor, record: EvaluationRecord, entries: Sequence[ClassEntry]) -> dict[str, Any]:
-    """Return the results in total and per class, and the confusions.
-
-    Args:
-        counts: sums of `BatchResult.counts` per class, [classes, 4].
-    """
-    seen, top1, top5, loss = counts.sum(dim=0).tolist()
-    # Outputs of the model without a class can be predicted, too.
-    folders = [entry.folder for entry in entries] + [f"output {i}" for i in range(len(entries), record.info.outputs)]
-    by_folder = {
-        entry.folder: {
-            "name": entry.name,
-            "samples": int(row[0]),
-            "top1": row[1] / row[0] if row[0] else None,
-        }
-        for entry, row in zip(entries, counts.tolist(), strict=True)
-    }
-    return {
-        "samples": int(seen),
-        "top1": top1 / seen,
-        "top5": top5 / seen,
-        "loss": loss / seen,
-        "classes": by_folder,
-        "confusions": [
-            {"label": folders[pair.label], "prediction": folders[pair.prediction], "count": pair.count}
-            for pair in confusions(record.labels, record.predictions, MAX_CONFUSIONS)
-        ],
-    }
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the results, the classes with the lowest accuracy and the most frequent confusions."""
-    console = Console(highlight=False)
-    classes = result["classes"]
-    top5 = f", top-5 {result['top5']:.2%}" if len(classes) > MAX_TOP5 else ""
-    console.print(f"top-1 {result['top1']:.2%}{top5}, loss {result['loss']:.4f} over {result['samples']} images")
-    wrong = sorted((c["top1"], folder) for folder, c in classes.items() if c["samples"] and c["top1"] < 1)
-    worst = wrong[:WORST_CLASSES]
-    named = any(classes[folder]["name"] for _, folder in worst)
-    columns = ("class", "name", "top-1", "images") if named else ("class", "top-1", "images")
-    hardest = Table(*columns, title="hardest classes", title_justify="left")
-    for top1, folder in worst:
-        name = [Text(printable(classes[folder]["name"] or ""))] if named else []
-        hardest.add_row(Text(printable(folder)), *name, f"{top1:.2%}", str(classes[folder]["samples"]))
-
-    def title(folder: str) -> Text:
-        name = classes[folder]["name"] if folder in classes else None
-        return Text(printable(f"{name} ({folder})" if name else folder))
-
-    pairs = Table("class", "predicted as", "images", title="most frequent confusions", title_justify="left")
-    for pair in result["confusions"][:WORST_CONFUSIONS]:
-        pairs.add_row(title(pair["label"]), title(pair["prediction"]), str(pair["count"]))
-    for table in (hardest, pairs):
-        if table.rows:
-            console.print(table)
-
-
 def main() -> int:
     """Run the command line; return the exit status."""
 
@@ -282,8 +226,7 @@ def main() -> int:
     def run() -> int:
         check_options(args, option_names(Evaluate), command=PROG)
         command = tyro.cli(Evaluate, prog=PROG, description=__doc__)
-        data = DataConfig(data=command.data, set_digest=command.set_digest, cache=command.cache)
-        result = evaluate(command, data.with_environment(os.environ))
+        result = evaluate(command, _data(command).with_environment(os.environ))
         if result is not None:
             if command.json is not None:
                 write_output(command.json, (json.dumps(result, indent=1) + "\n").encode(), "--json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ import torch
 import fat
 from launch.config.data import DataConfig
 from launch.engine.zero_state import weights_of
-from launch.run.checkpoint import META, Checkpoint, open_checkpoint
+from launch.run.checkpoint import META, STATE, Checkpoint, open_checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
-from launch.run.saved_recipe import restore_class_names
+from launch.run.folder import CHECKPOINTS
+from launch.run.saved_recipe import RECIPE_NAME, read_saved_run, restore_class_names
+from launch.run.weights_files import weights_file
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -24,29 +26,48 @@ MAX_ERROR = 200  # maximum characters of PyTorch's message, which lists all tens
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """Model to evaluate, and the settings of its training that the evaluation needs."""
+    """Model to evaluate, and its description."""
 
     model: fat.FAT
     source: Path
     """Path of the weights file or checkpoint."""
-    classes: fat.ClassList | None
-    """Class of each output of the model; None: unknown."""
-    size: int
-    """Height and width of the input images in pixels."""
-    crop_pct: float
-    """Fraction of the short side that the center crop keeps."""
-    step: int | None
-    """Number of optimizer steps trained; None: unknown."""
+    info: fat.WeightsInfo
+    """Classes, preprocessing and step, as far as the file has them."""
+    average: bool
+    """Whether the weights are an EMA."""
     notes: tuple[str, ...] = ()
     """Messages for the user."""
+    defaults: DataConfig = field(default_factory=DataConfig)
+    """Preprocessing where `info` has none."""
+
+    @property
+    def size(self) -> int:
+        """Height and width of the input images in pixels."""
+        return self.info.size or self.defaults.size
+
+    @property
+    def crop_pct(self) -> float:
+        """Fraction of the short side that the center crop keeps."""
+        return self.info.crop_pct or self.defaults.crop_pct
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of each channel, for pixel values in 0 to 1."""
+        return self.info.mean or self.defaults.augmentation().mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation of each channel."""
+        return self.info.std or self.defaults.augmentation().std
 
 
-def load_model(path: Path, *, average: bool) -> EvaluatedModel:
-    """Load a model, with the classes, image size and crop that it was trained with.
+def load_model(path: Path, *, average: bool = False, best: bool = False) -> EvaluatedModel:
+    """Load a model, with the classes and the preprocessing that it was trained with.
 
     Args:
         path: weights file, run folder (its newest checkpoint) or checkpoint folder.
         average: load the EMA of the run instead of its weights.
+        best: load the best weights of the run instead of those of its newest checkpoint.
 
     Raises:
         UserError: `path` is not a weights file, a run folder or a checkpoint folder, or cannot be read.
@@ -54,28 +75,55 @@ def load_model(path: Path, *, average: bool) -> EvaluatedModel:
     if not path.exists():
         raise UserError(f"{path}: no such run folder, checkpoint or weights file")
     try:
-        if path.is_file():
-            if average:
-                raise UserError(
-                    f"{path}: --average requires a run folder; evaluate the run folder, or its weights-ema.safetensors"
-                )
-            return _load_weights_file(path)
-        return _load_checkpoint(path, average=average)
+        if best:
+            return _load_best(path, average=average)
+        if path.name == STATE and (path.parent / META).exists():
+            path = path.parent  # the state of a checkpoint: the metadata beside it has its hash
+        if path.is_dir():
+            return _load_checkpoint(path, average=average)
+        if average:
+            name = weights_file(path.parent, "last", "average").name
+            raise UserError(f"{path}: --average requires a run folder; evaluate the run folder, or its {name}")
+        return _load_weights_file(path)
     except (ValueError, OSError) as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def training_data(path: Path) -> DataConfig | None:
+    """Return the data options of the run that a run folder, checkpoint or weights file belongs to; None: unknown.
+
+    Raises:
+        UserError: the run's recipe is invalid.
+    """
+    if path.is_file():
+        path = path.parent
+    run = path.absolute().parents[1] if (path / META).exists() else path
+    return read_saved_run(run).recipe.data if (run / RECIPE_NAME).exists() else None
+
+
+def _load_best(path: Path, *, average: bool) -> EvaluatedModel:
+    file = weights_file(path, "best", "average" if average else "weights")
+    if not file.is_file():
+        raise UserError(
+            f"{path}: contains no {file.name}; --best requires a run folder whose "
+            f"{'moving average (--ema) has' if average else 'weights have'} been evaluated; omit --best"
+        )
+    return _load_weights_file(file)
 
 
 def _load_weights_file(path: Path) -> EvaluatedModel:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = fat.load_model(path)
-    info, defaults = fat.read_info(path), DataConfig()
-    size, crop_pct = info.size or defaults.size, info.crop_pct or defaults.crop_pct
-    notes = [str(warning.message) for warning in caught]
+    info, notes = fat.read_info(path), [str(warning.message) for warning in caught]
+    found = EvaluatedModel(model, path, info, bool(info.ema))
     if info.size is None:
+        size = found.size
         notes.append(f"{path} does not record the image size of its training; {size} is used unless --size is set")
-    return EvaluatedModel(model, path, info.classes, size, crop_pct, info.step, tuple(notes))
+    if info.interpolation not in (None, "bicubic"):
+        notes.append(f"{path} was trained with {info.interpolation} resizing; evaluation resizes bicubically")
+    return dataclasses.replace(found, notes=tuple(notes))
 
 
 def _load_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
@@ -101,14 +149,15 @@ def _load_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
             "checkpoint, or a weights file of the run"
         ) from error
     classes = None if info.classes is None else restore_class_names(run, info.classes)
-    return EvaluatedModel(model, found.path, classes, info.size, info.crop_pct, found.progress.step, notes)
+    info = dataclasses.replace(info, classes=classes, step=found.progress.step)
+    return EvaluatedModel(model, found.path, info, average, notes)
 
 
 def _find_checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     """Return the run folder, the checkpoint to evaluate and messages for the user."""
     if (path / META).exists():
         return path.absolute().parents[1], open_checkpoint(path), ()
-    folder = CheckpointFolder(path / "checkpoints")
+    folder = CheckpointFolder(path / CHECKPOINTS)
     found, skipped = folder.newest()
     for message in skipped:
         print(f"warning: {printable(message)}", file=sys.stderr)
@@ -120,4 +169,4 @@ def _find_checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     best = folder.best()
     if best is None or best == found.path:
         return path, found, ()
-    return path, found, (f"{found.path} is the newest checkpoint; the best is {best}",)
+    return path, found, (f"{found.path} is the newest checkpoint; the best is {best} (--best)",)

@@ -7,9 +7,12 @@ paper's recipe for every variant; numbers that the paper does not give are those
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
 from typing import Any
+
+import xxhash
 
 from launch.config.data import DataConfig
 from launch.config.engine import CompileConfig, ParallelConfig
@@ -38,3 +41,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as nested dictionaries without credentials, as they are saved in recipe.json."""
         return typing.cast(dict[str, Any], redacted(dataclasses.asdict(self)))
+
+    def digest(self) -> str:
+        """Return the xxh3-64 hash of `to_dict` in canonical JSON, 16 hex digits."""
+        return xxhash.xxh3_64_hexdigest(json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode())

@@ -39,7 +39,9 @@ def load_initial_weights(model: fat.FAT, recipe: Recipe, classes: fat.ClassList)
     if path is None:
         return []
     if path.is_dir():
-        raise UserError(f"--weights {path}: is a folder; use a weights file, such as {path / 'weights.safetensors'}")
+        raise UserError(
+            f"--weights {path}: is a folder; use a weights file, such as {path / 'weights-last.safetensors'}"
+        )
     try:
         return [f"{path}: {note}" for note in fat.load_weights(model, path, classes=classes)]
     except (ValueError, OSError) as error:

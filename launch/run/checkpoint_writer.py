@@ -11,6 +11,7 @@ from torch import Tensor
 from launch.run.checkpoint import CheckpointError, Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.progress import Progress
+from launch.run.weights_files import WeightsFiles
 
 MAX_FAILURES = 3
 """Consecutive failed saves after which the run ends. Short outages are tolerated, but training for hours without
@@ -18,14 +19,14 @@ checkpoints would risk that work."""
 
 
 class BackgroundWriter:
-    """Saves checkpoints in a background thread, one at a time.
+    """Saves checkpoints and weights files in a background thread, one at a time.
 
     If a save fails, for example because the disk is full, the run continues and earlier checkpoints are unchanged;
     `errors` returns the message.
     """
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: CheckpointFolder, weights: WeightsFiles) -> None:
+        self._folder, self._weights = folder, weights
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: tuple[Future[Path], Progress] | None = None
         self._errors: list[str] = []
@@ -37,6 +38,8 @@ class BackgroundWriter:
         """Time of the last checkpoint that was written, by `time.monotonic`."""
         self.reason = ""
         """Error message of the last failed save."""
+        self.weights_step: int | None = None
+        """Step of the weights files, if those of the last checkpoint were written."""
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> None:
         """Start to write a checkpoint after the previous save. `state` must not change before `wait` has returned."""
@@ -46,7 +49,17 @@ class BackgroundWriter:
     def _save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> Path:
         path = self._folder.save(state, progress, fingerprint)
         self.saved_at = time.monotonic()
+        self.save_weights(state, progress)
         return path
+
+    def save_weights(self, state: dict[str, Tensor], progress: Progress) -> None:
+        """Write the weights files. If that fails, `errors` returns the message, and the checkpoint counts as saved."""
+        self.weights_step = None
+        try:
+            self._weights.write(state, progress)
+            self.weights_step = progress.step
+        except CheckpointError as error:
+            self._errors.append(str(error))
 
     def wait(self) -> bool:
         """Wait for the current save; return whether the last save succeeded."""

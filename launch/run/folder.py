@@ -8,25 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-import fat
 from launch.config.recipe import Recipe
-from launch.engine.build import config_of
 from launch.engine.engine import Engine
 from launch.engine.kernel_check import KernelCheckResult
-from launch.engine.zero_state import weights_of
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
 from launch.machine.world import broadcast_from_rank0
-from launch.run.checkpoint import Checkpoint
+from launch.run.checkpoint import Checkpoint, CheckpointError
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.checkpoint_writer import MAX_FAILURES, BackgroundWriter
 from launch.run.evaluation_record import RECORD_NAME
@@ -36,7 +31,8 @@ from launch.run.metrics_file import METRICS_NAME, check_metrics
 from launch.run.progress import Progress
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
 from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, StatusRenewal, read_content, write_status
-from shards.errors import UserError, first_line
+from launch.run.weights_files import WeightsFiles, all_weights_files, describe_weights
+from shards.errors import UserError
 from shards.files.durable import durable_write, is_temporary
 from shards.redact import printable, redacted
 
@@ -47,13 +43,13 @@ RESUME_HINT = "correct this, then start the run again: it resumes"
 
 # Names of files whose temporary copies are removed at the start, because a killed process may have left them.
 _WRITTEN = (
-    r"probe|recipe\.json|classes\.json|status|curves\.png|(weights(-ema)?|evaluation)\.safetensors"
+    r"probe|recipe\.json|classes\.json|status|curves\.png|(weights(-ema)?-(best|last)|evaluation)\.safetensors"
     r"|(first-batch|hardest)\.jpg"
 )
 
 
 class RunFolder:
-    """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights.safetensors.
+    """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights-*.safetensors.
 
     Only rank 0 writes. As a context manager, it updates RUN/status (running, preempted, finished or failed) with step
     and reason.
@@ -63,14 +59,10 @@ class RunFolder:
         self.path = recipe.run.out
         self._recipe, self._feed, self._engine = recipe, feed, engine
         self._kernels = kernels
-        self._info = fat.WeightsInfo(
-            config=config_of(recipe, feed.classes),
-            classes=feed.class_list,
-            size=recipe.data.size,
-            crop_pct=recipe.data.crop_pct,
-        )
-        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.checkpoint.keep, info=self._info)
-        self._writer = BackgroundWriter(self._checkpoints)
+        info = describe_weights(recipe, feed)
+        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.checkpoint.keep, info=info)
+        self._weights = WeightsFiles(self.path, info)
+        self._writer = BackgroundWriter(self._checkpoints, self._weights)
         self._fingerprint = fingerprint(recipe, feed)
         self._resumed = Progress()
 
@@ -93,8 +85,11 @@ class RunFolder:
             changed = check_fingerprint(found, self._fingerprint)
             check_position(found, plan.steps_per_epoch)
             messages += [f"warning: {fact}; the run continues with the new value" for fact in changed]
-            self._engine.load_state_dict(found.load(), steps=found.progress.step)
+            state = found.load()
+            self._engine.load_state_dict(state, steps=found.progress.step)
             self._resumed = found.progress
+            if world.is_main:  # the previous trainer may have been killed after it wrote the checkpoint
+                self._writer.save_weights(state, found.progress)
         if world.is_main:
             self._write_description()
         epochs = self._recipe.optim.epochs
@@ -126,15 +121,15 @@ class RunFolder:
         return found, messages
 
     def _archive(self) -> Path | None:
-        """Move checkpoints, metrics and the last evaluation to checkpoints-before-N; return that folder.
+        """Move checkpoints, metrics, weights and the last evaluation to checkpoints-before-N; return that folder.
 
         None if no checkpoint exists.
         """
         archive = self._checkpoints.archive()
         try:
-            for name in (METRICS_NAME, RECORD_NAME):
-                if archive is not None and (self.path / name).exists():
-                    (self.path / name).rename(archive / name)
+            for path in (self.path / METRICS_NAME, self.path / RECORD_NAME, *all_weights_files(self.path)):
+                if archive is not None and path.exists():
+                    path.rename(archive / path.name)
         except OSError as error:
             raise unwritable(self.path, error) from error
         return archive
@@ -195,31 +190,24 @@ class RunFolder:
         return self._writer.errors()
 
     def finish(self, progress: Progress) -> list[str]:
-        """Wait for the last checkpoint and export the weights; return messages. Collective.
+        """Wait for the last checkpoint and its weights files; return messages. Collective.
 
         Raises:
             RunFailed: the last checkpoint or the weights could not be written, so the run is not finished.
         """
         if not (self._on_main(self._writer.wait) or self._save_durably(progress)):
             raise RunFailed(f"the last checkpoint, of step {progress.step}, could not be written; {RESUME_HINT}")
-        state = self._engine.state_dict()
-        return self._on_main(lambda: self._export(state, progress.step))
+        if self._on_main(lambda: self._writer.weights_step) != progress.step:
+            state = self._engine.state_dict()
+            self._on_main(lambda: self._save_last_weights(state, progress))
+        warnings = [f"warning: {error}" for error in self.save_errors()]
+        return [*warnings, *(f"wrote {path}" for path in all_weights_files(self.path))]
 
-    def _export(self, state: dict[str, Tensor], step: int) -> list[str]:
-        messages = [f"warning: {error}" for error in self.save_errors()]
-        with torch.device("meta"):  # no memory is allocated, because only the model's config is used
-            model = fat.FAT(config_of(self._recipe, self._feed.classes))
-        info = replace(self._info, step=step)
-        for name, average in (("weights", False), ("weights-ema", True)):
-            path, tensors = self.path / f"{name}.safetensors", weights_of(state, average=average)
-            if tensors:
-                try:
-                    fat.save_weights(model, path, state=tensors, info=info)
-                except (OSError, SafetensorError) as error:
-                    fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-                    raise RunFailed(f"{path}: the weights could not be written ({fact}); {RESUME_HINT}") from error
-                messages.append(f"wrote {path}")
-        return messages
+    def _save_last_weights(self, state: dict[str, Tensor], progress: Progress) -> None:
+        try:
+            self._weights.write(state, progress)
+        except CheckpointError as error:
+            raise RunFailed(f"{error}; {RESUME_HINT}") from error
 
     def __enter__(self) -> RunFolder:
         self._write_status("running")

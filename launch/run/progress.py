@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
@@ -33,6 +33,12 @@ class Progress:
     """Which weights reached `best`; None: nothing has been evaluated yet."""
     is_best: bool = False
     """Whether `best` was reached at this step."""
+    top1: dict[WeightsKind, Fraction] = field(default_factory=dict)
+    """Top-1 accuracies at this step (fractions); empty: it has not been evaluated."""
+    best_top1: dict[WeightsKind, Fraction] = field(default_factory=dict)
+    """Best top-1 accuracy so far of the weights, and of their EMA."""
+    improved: tuple[WeightsKind, ...] = ()
+    """Weights whose best accuracy was reached at this step."""
     pending_evaluation: bool = False
     """Whether the evaluation of this step was interrupted."""
     seconds: Seconds = 0.0
@@ -45,15 +51,22 @@ class Progress:
             step: number of optimizer steps done.
             position: position in the plan after the step.
         """
-        return replace(self, step=step, epoch=position.epoch, epoch_step=position.step, is_best=False)
+        position_fields = {"step": step, "epoch": position.epoch, "epoch_step": position.step}
+        return replace(self, **position_fields, is_best=False, top1={}, improved=())
 
     def evaluated(self, top1: Mapping[WeightsKind, float]) -> Progress:
         """Return the progress after an evaluation at this step."""
+        improved = tuple(kind for kind in top1 if top1[kind] > self.best_top1.get(kind, -1.0))
+        found = replace(
+            self,
+            is_best=False,
+            pending_evaluation=False,
+            top1=dict(top1),
+            best_top1=self.best_top1 | {kind: top1[kind] for kind in improved},
+            improved=improved,
+        )
         best_of = best_weights(top1)
-        best = top1[best_of]
-        if best <= self.best:
-            return replace(self, is_best=False, pending_evaluation=False)
-        return replace(self, best=best, best_of=best_of, is_best=True, pending_evaluation=False)
+        return replace(found, best=top1[best_of], best_of=best_of, is_best=True) if top1[best_of] > self.best else found
 
 
 def best_weights(top1: Mapping[WeightsKind, float]) -> WeightsKind:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import xxhash
 
+import fat
 import launch.run.folder
 import launch.train
 from launch.config.command_line import parse
@@ -43,6 +44,7 @@ from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.progress import Progress
+from launch.run.weights_files import WeightsFiles
 from tests.support.waiting import wait_until
 
 BAD_STEPS = {2, 5, 6, 7}
@@ -144,7 +146,7 @@ def measure_stall() -> None:
     engine = Engine(model, recipe, world, micro_batch=1, accumulation=1)
     times = []
     with tempfile.TemporaryDirectory() as folder:
-        writer = BackgroundWriter(CheckpointFolder(Path(folder), keep=1))
+        writer = BackgroundWriter(CheckpointFolder(Path(folder), keep=1), WeightsFiles(Path(folder), fat.WeightsInfo()))
         for number in range(5):
             writer.wait()
             begun = time.perf_counter()  # the part of RunFolder.save after waiting

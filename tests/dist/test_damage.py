@@ -99,7 +99,7 @@ def interrupted(start: Starter, small_set: Path, tmp_path_factory: pytest.TempPa
     for name, steps in (("half", HALF), ("whole", ALL)):
         ended = start("train", *OPTIONS, "--data", small_set, "--out", folder / name, "--stop-after", steps)
         assert ended.status == 0, ended.errors
-    return folder / "half", folder / "whole" / "weights.safetensors"
+    return folder / "half", folder / "whole" / "weights-last.safetensors"
 
 
 def damage_runs(
@@ -120,7 +120,7 @@ def damage_runs(
             assert ended.status == 0, f"{what}: failed after the repair\n{ended.errors}"
             step = resumed_at(ended.errors)
             assert step >= newest_undamaged(done), f"{what}: lost steps: resumed at step {step}\n{ended.errors}"
-            weights = load_file(run / "weights.safetensors")
+            weights = load_file(run / "weights-last.safetensors")
             assert weights.keys() == expected.keys(), what
             wrong = [name for name in expected if not weights[name].equal(expected[name])]
             assert not wrong, f"{what}: weights differ from the uninterrupted run: {wrong[:3]}\n{ended.errors}"

@@ -189,7 +189,7 @@ def killed_and_resumed(
 
 
 def assert_bit_identical(a: Path, b: Path) -> None:
-    x, y = load_file(a / "weights.safetensors"), load_file(b / "weights.safetensors")
+    x, y = load_file(a / "weights-last.safetensors"), load_file(b / "weights-last.safetensors")
     assert x.keys() == y.keys()
     assert all(torch.equal(x[name], y[name]) for name in x)
 
@@ -234,7 +234,7 @@ def test_ten_kills_with_changing_world_sizes_change_neither_batches_nor_weights(
 
     losses = [line["loss"] for line in lines(whole, "train")]
     assert sum(losses[-5:]) < sum(losses[:5])
-    x, y = load_file(whole / "weights.safetensors"), load_file(killed / "weights.safetensors")
+    x, y = load_file(whole / "weights-last.safetensors"), load_file(killed / "weights-last.safetensors")
     names = [name for name in x if x[name].is_floating_point()]
     a, b = (torch.cat([weights[name].double().flatten() for name in names]) for weights in (x, y))
     assert float((a - b).norm() / a.norm()) < 1e-4

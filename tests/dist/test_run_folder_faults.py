@@ -53,14 +53,14 @@ def test_a_damaged_run_folder_loses_only_the_damaged_files(train: Trainer, tmp_p
     done = train(*OPTIONS, *options, "--stop-after", "4")
     assert done.returncode == 0, done.stderr
     # Clone, because `load_file` may map the file, which is damaged below.
-    weights = {name: tensor.clone() for name, tensor in load_file(run / "weights.safetensors").items()}
+    weights = {name: tensor.clone() for name, tensor in load_file(run / "weights-last.safetensors").items()}
     meta = run / "checkpoints" / "step-00000004" / "meta.json"
     meta.write_text(meta.read_text().replace('"step": 4', '"step": 6'))
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'17\n{"kind": "train", "step": "x"}\n\xff\n' + bytes(500))
     (run / "recipe.json").write_bytes((run / "recipe.json").read_bytes()[:100])
     (run / "status").write_text('{"status": 5')
-    (run / "weights.safetensors").write_bytes(b"torn")
+    (run / "weights-last.safetensors").write_bytes(b"torn")
     (run / "SAVE").mkdir()
     (run / "curves.png").unlink()
     (run / "curves.png").mkdir()
@@ -75,7 +75,7 @@ def test_a_damaged_run_folder_loses_only_the_damaged_files(train: Trainer, tmp_p
     assert done.returncode == 0
     ended = status(run)
     assert (ended["status"], ended["step"], ended["reason"]) == ("finished", 4, "")
-    again = load_file(run / "weights.safetensors")
+    again = load_file(run / "weights-last.safetensors")
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     begun = [line["step"] for line in read_metrics(run) if line["kind"] == "start"]
     assert begun == [0, 2]  # from the older checkpoint, which is intact

@@ -71,7 +71,7 @@ def test_zero_1_with_bf16(tmp_path: Path, digits: Path, monkeypatch: pytest.Monk
     assert done.returncode == 0, done.stderr
     assert engine_of(run) == {"zero": 1, "precision": "bf16", "world": 2}
     assert lines(run, "train")[-1]["loss"] < lines(run, "train")[0]["loss"]
-    weights = load_file(run / "weights.safetensors")
+    weights = load_file(run / "weights-last.safetensors")
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
     assert not extensions.exists(), "DeepSpeed has compiled an extension, which takes a minute"
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_by_bit(train: Trainer, tm
             options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / name, "--stop-after", str(stop))
             done = train(*options, "--augment", "fat", "--drop-path", "0.1")
             assert done.returncode == 0, done.stderr
-        return load_file(tmp_path / name / "weights.safetensors")
+        return load_file(tmp_path / name / "weights-last.safetensors")
 
     whole, resumed = weights("whole", 5), weights("resumed", 3, 5)
     assert [line["step"] for line in lines(tmp_path / "resumed", "start")] == [0, 3]

@@ -16,7 +16,7 @@ from tests.support.serving import serve
 
 COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
     "train": (train, (*SMALL, "--dry-run", "--out", "run", "--data", "URL")),
-    "evaluate": (evaluate, ("no-such-weights.safetensors", "--data", "URL")),  # the set is opened before the model
+    "evaluate": (evaluate, ("no-such-weights-last.safetensors", "--data", "URL")),  # the set is opened before the model
     "look": (pipeline, ("look", "URL", "--size", "32", "--count", "4", "--out", "look.png")),
 }
 

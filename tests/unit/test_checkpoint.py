@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+import fat
 from launch.run import checkpoint
 from launch.run.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint, Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.files import FolderFailed
 from launch.run.progress import Progress
+from launch.run.weights_files import WeightsFiles
 from shards.errors import StorageFailed
 from tests.support.launching import environment
 
@@ -378,7 +380,7 @@ def test_failed_save_keeps_earlier_checkpoints_and_is_counted(tmp_path: Path, mo
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     save(folder, 20)
-    writer = BackgroundWriter(folder)
+    writer = BackgroundWriter(folder, WeightsFiles(tmp_path, fat.WeightsInfo()))
     state = {"w": torch.zeros(1)}
 
     def full(*_: object) -> None:
@@ -402,12 +404,14 @@ def test_failed_save_keeps_earlier_checkpoints_and_is_counted(tmp_path: Path, mo
 def test_written_metadata_equals_read_metadata(tmp_path: Path) -> None:
     """All fields are written and read."""
     folder = CheckpointFolder(tmp_path)
-    progress = Progress(step=25, epoch=2, epoch_step=5, best=0.25, is_best=True, seconds=1.5)
+    evaluated = Progress(step=25, epoch=2, epoch_step=5, seconds=1.5).evaluated({"weights": 0.25, "average": 0.125})
+    progress = dataclasses.replace(evaluated, seconds=1.5)
     path = folder.save({"w": torch.zeros(1)}, progress, FINGERPRINT)
     found, _ = folder.newest()
     assert found is not None
     assert (found.progress, found.fingerprint) == (progress, FINGERPRINT)
-    assert json.loads((path / "meta.json").read_text())["progress"] == dataclasses.asdict(progress)
+    written = json.loads((path / "meta.json").read_text())["progress"]
+    assert written == json.loads(json.dumps(dataclasses.asdict(progress)))
 
 
 def flip(path: Path, chance: random.Random) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import fat
 from launch.run.checkpoint import CheckpointError, Fingerprint, Meta, read_meta
 from launch.run.checkpoint_folder import UNFINISHED, CheckpointFolder
 from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.progress import Progress
+from launch.run.weights_files import WeightsFiles
 from shards.errors import StorageFailed, UserError
 
 FINGERPRINT = Fingerprint(fixed={}, free={})
@@ -287,7 +289,7 @@ def raise_eio(*_: object, **__: object) -> NoReturn:
 
 def test_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    writer = BackgroundWriter(folder)
+    writer = BackgroundWriter(folder, WeightsFiles(tmp_path, fat.WeightsInfo()))
     assert (writer.wait(), writer.failures, writer.saved, writer.reason, writer.errors()) == (True, 0, None, "", [])
     first = Progress(step=1, epoch_step=1)
     writer.save(STATE, first, FINGERPRINT)

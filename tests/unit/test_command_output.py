@@ -226,7 +226,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = fat.WeightsInfo(config=model.config, size=32, crop_pct=0.9)
     folder = CheckpointFolder(run / "checkpoints", keep=1, info=info)
     folder.save(state, Progress(step=1, epoch_step=1), Fingerprint({}, {}))
-    fat.save_weights(model, run / "weights.safetensors")
+    fat.save_weights(model, run / "weights-last.safetensors")
     return run
 
 
@@ -266,5 +266,6 @@ def test_invalid_models_are_rejected_in_one_line(
         assert shown.count("\n") == 1
     assert run(evaluate, finished, "--data", digits, "--split", "[nope]") == 2
     assert "no split '[nope]'" in capsys.readouterr().err
-    assert run(evaluate, finished / "weights.safetensors", "--data", digits, "--batch", "65536", "--size", "8192") == 2
+    file = finished / "weights-last.safetensors"
+    assert run(evaluate, file, "--data", digits, "--batch", "65536", "--size", "8192") == 2
     assert "--batch 65536, --size 8192: needs at least 49,152.0 GiB" in capsys.readouterr().err

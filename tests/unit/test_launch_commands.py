@@ -162,7 +162,7 @@ def test_fine_tuning_uses_the_weights_and_a_new_head_for_other_classes(
     given = load_file(weights)
     for classes, out in ((10, tmp_path / "same"), (12, tmp_path / "other")):
         assert run(train, *options, "--classes", classes, "--out", out, "--warmup-lr", "0") == 0
-        tuned = load_file(out / "weights.safetensors")
+        tuned = load_file(out / "weights-last.safetensors")
         kept = [name for name in given if "running" not in name and "batches" not in name and "head" not in name]
         assert all(torch.equal(given[name], tuned[name]) for name in kept)
         assert tuned["head.weight"].shape[0] == classes

@@ -22,7 +22,7 @@ from launch.engine.kernel_check import KernelCheckResult
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.resilience.stop_signals import StopSignals
-from launch.run import checkpoint
+from launch.run import checkpoint, weights_files
 from launch.run.checkpoint import CheckpointError
 from launch.run.checkpoint_writer import MAX_FAILURES
 from launch.run.folder import RunFolder, will_resume
@@ -110,7 +110,8 @@ def test_damaged_checkpoints_are_archived_if_none_is_undamaged(folders: Folders)
     assert "all checkpoints are damaged, so the run starts from the beginning" in messages[2]
     aside = checkpoints.with_name("checkpoints-before-1")
     moved = sorted(path.name for path in aside.iterdir())
-    assert moved == ["evaluation.safetensors", "metrics.jsonl", "step-00000014", "step-00000021"]
+    steps = ["step-00000014", "step-00000021"]
+    assert moved == ["evaluation.safetensors", "metrics.jsonl", *steps, "weights-last.safetensors"]
 
 
 def test_unreadable_checkpoints_end_the_start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,13 +226,13 @@ def test_run_without_its_last_checkpoint_or_weights_is_failed(
         folder.resume()
         progress = Progress(step=22, epoch=1)
         if last == "weights":  # the disk fills up after the checkpoint was saved
-            original = fat.save_weights
+            original = weights_files.write_weights
 
-            def full(*args: Any, **options: Any) -> None:
+            def full(*args: Any) -> None:
                 fill(disk)
-                original(*args, **options)
+                original(*args)
 
-            monkeypatch.setattr(fat, "save_weights", full)
+            monkeypatch.setattr(weights_files, "write_weights", full)
 
         def end() -> None:
             with folder:
@@ -254,21 +255,21 @@ def test_run_without_its_last_checkpoint_or_weights_is_failed(
             restarted.finish(progress)
         assert resumed.step == (22 if last == "weights" else 0)
         assert read_status(disk / "run") == "finished"
-        assert "head.bias" in load_file(disk / "run" / "weights.safetensors")
+        assert "head.bias" in load_file(disk / "run" / "weights-last.safetensors")
 
 
 @pytest.mark.parametrize(("options", "expected"), [(("--drop-path", "0"), 0.0), ((), 0.05)])
 def test_exported_weights_have_the_trained_config(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: float
+    folders: Folders, options: tuple[str, ...], expected: float
 ) -> None:
-    written: list[fat.FAT] = []
-    monkeypatch.setattr(fat, "save_weights", lambda model, *_, **__: written.append(model))
     folder = folders(*options)
     folder.resume()
     with folder:
         folder.save(Progress(step=22, epoch=1))
         folder.finish(Progress(step=22, epoch=1))
-    assert [model.config.drop_path for model in written] == [expected]
+    config = fat.read_info(folder.path / "weights-last.safetensors").config
+    assert config is not None
+    assert config.drop_path == expected
 
 
 def test_failed_plot_does_not_fail_the_run(folders: Folders) -> None:
@@ -281,18 +282,18 @@ def test_failed_plot_does_not_fail_the_run(folders: Folders) -> None:
         message = plot(folder.path)  # there is no metrics.jsonl
     assert message.startswith("warning: the curves could not be plotted (")
     assert read_status(folder.path) == "finished"
-    mode = (folder.path / "weights.safetensors").stat().st_mode & 0o777
+    mode = (folder.path / "weights-last.safetensors").stat().st_mode & 0o777
     assert mode == (folder.path / "status").stat().st_mode & 0o777  # both follow the umask
 
 
 def test_temporary_files_of_killed_starts_are_removed(folders: Folders) -> None:
     path = start(folders, 14).parent
     written = (
-        "recipe.json", "curves.png", "status", "weights.safetensors", "weights-ema.safetensors", "probe",
+        "recipe.json", "curves.png", "status", "weights-last.safetensors", "weights-ema-best.safetensors", "probe",
         "evaluation.safetensors", "hardest.jpg", "first-batch.jpg",
     )  # fmt: skip
     temporary = [temporary_name(path / name).name for name in written]
-    others = [".weights.safetensors.mine.tmp", "recipe.json.0123abcd0123abcd.tmp", ".notes.0123abcd0123abcd.tmp"]
+    others = [".weights-last.safetensors.mine.tmp", "recipe.json.0123abcd0123abcd.tmp", ".notes.0123abcd0123abcd.tmp"]
     for name in (*temporary, *others):
         (path / name).touch()
     folders().resume()
@@ -303,8 +304,8 @@ def test_temporary_files_of_killed_starts_are_removed(folders: Folders) -> None:
 def test_temporary_name_of_weights_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     monkeypatch.setattr(os, "replace", lambda temporary, _: names.append(Path(temporary).name))
-    fat.save_weights(fat.FAT(CONFIG), tmp_path / "weights.safetensors")
-    assert [is_temporary(name, r"weights\.safetensors") for name in names] == [True]
+    fat.save_weights(fat.FAT(CONFIG), tmp_path / "weights-last.safetensors")
+    assert [is_temporary(name, r"weights-last\.safetensors") for name in names] == [True]
 
 
 @pytest.mark.parametrize(

@@ -137,14 +137,14 @@ def test_a_weights_file_stays_readable_with_any_number_of_classes(count: int, co
 
 def test_checkpoint_weights_and_run_folder_contain_the_classes_and_the_image_size(trained: Path) -> None:
     (checkpoint,) = (trained / "checkpoints").iterdir()
-    for path in (trained / "weights.safetensors", checkpoint / "state.safetensors"):
+    for path in (trained / "weights-last.safetensors", checkpoint / "state.safetensors"):
         info = fat.read_info(path)
         assert info.classes is not None
         assert info.classes.folders == tuple(FOLDERS)
         assert (info.size, info.crop_pct) == (32, 0.9)
         assert info.config is not None
         assert info.config.drop_path == 0
-    assert fat.read_info(trained / "weights.safetensors").step == 2
+    assert fat.read_info(trained / "weights-last.safetensors").step == 2
     assert fat.ClassList.loads((trained / "classes.json").read_text()).folders == tuple(FOLDERS)
 
 
@@ -152,7 +152,7 @@ def test_the_state_of_a_checkpoint_can_be_loaded_as_a_weights_file(trained: Path
     (checkpoint,) = (trained / "checkpoints").iterdir()
     with pytest.warns(UserWarning, match="removed 'model/' from the parameter names"):
         loaded = fat.load_model(checkpoint / "state.safetensors")
-    assert torch.equal(loaded.head.weight, load_file(trained / "weights.safetensors")["head.weight"])
+    assert torch.equal(loaded.head.weight, load_file(trained / "weights-last.safetensors")["head.weight"])
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_the_size_and_crop_of_the_training_are_used_and_printed(
 ) -> None:
     (checkpoint,) = (trained / "checkpoints").iterdir()
     figures = []
-    for model in (trained, checkpoint, trained / "weights.safetensors"):
+    for model in (trained, checkpoint, trained / "weights-last.safetensors"):
         out = tmp_path / "figures.json"
         assert run(evaluate, model, "--data", digits, *QUICK, "--json", out) == 0
         shown = capsys.readouterr()
@@ -286,7 +286,7 @@ def test_classes_that_the_model_was_not_trained_on_are_rejected_by_name(
     where: str, trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = with_classes(digits, tmp_path / "set", rename)
-    model = trained if where == "run" else trained / "weights.safetensors"
+    model = trained if where == "run" else trained / "weights-last.safetensors"
     assert run(evaluate, model, "--data", other, *QUICK) == 2
     error = capsys.readouterr().err
     assert f"{model}: was not trained on 2 of the 10 classes of {other}: other_0_zero, other_1_one; its 10" in error
@@ -357,7 +357,7 @@ def test_a_run_whose_checkpoints_have_only_a_digest_reads_the_names_from_classes
     monkeypatch.setattr("fat.weights.header.MAX_TEXT", 100)
     out = tmp_path / "run"
     assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
-    info = fat.read_info(out / "weights.safetensors")
+    info = fat.read_info(out / "weights-last.safetensors")
     assert info.classes is not None
     assert info.classes.folders is None
     other = with_classes(digits, tmp_path / "set", swap)
@@ -404,7 +404,7 @@ def test_fine_tuning_reports_the_decision_on_the_classifier_before_training(
     shown = capsys.readouterr()
     assert "classifier: kept, with reordered rows" in " ".join((shown.out + shown.err).split())
     if how == "training":
-        assert load_file(tmp_path / "run" / "weights.safetensors")["head.bias"].argmax() == 6
+        assert load_file(tmp_path / "run" / "weights-last.safetensors")["head.bias"].argmax() == 6
         assert run(train, *options) == 0  # resumes: the weights come from the checkpoint
         assert "classifier:" not in capsys.readouterr().err
 
