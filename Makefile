@@ -43,7 +43,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # trackio has a folder of its own, because no version of it allows the pinned version of Pillow, so that pip would report
-# a conflict whenever it installs another package.
+# a conflict whenever it installs another package. So have timm, torchvision and segmentation_models_pytorch
+# (tests/support/vision_libraries.py); --no-deps, because their dependencies are installed already, except for a CUDA torch.
 $(FOR_TESTS): $(INSTALLED)
 	@echo "installing the additional packages for the tests"
 	@$(HAVE_FFCV) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
@@ -54,6 +55,8 @@ $(FOR_TESTS): $(INSTALLED)
 	@$(HAVE_BROWSER) || echo "note: Chromium is missing and tests of reports will be skipped; to run them, install $(BROWSER)"
 	@$(PIP_INSTALL) -e ".[demo,dev,docs,onnx,remote,parquet,formats,tensorboard,wandb,mlflow$$($(HAVE_FFCV) && echo ,ffcv)]"
 	@$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/trackio trackio gradio_client orjson
+	@$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/vision timm torchvision segmentation-models-pytorch
+	@$(BIN)/python -m tests.support.torchvision_nms $(VENV)/vision
 	@touch $@
 
 demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png and report.html in demo/

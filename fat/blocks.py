@@ -35,6 +35,9 @@ class Block(FusingModule):
     The shortcut is the identity unless the stride is 2 or `out_dim` differs from `dim`.
     """
 
+    has_ffn = True
+    """Whether the block has its second half; see `remove_ffn`."""
+
     def __init__(
         self,
         dim: int,
@@ -63,9 +66,18 @@ class Block(FusingModule):
 
     def decide_fusion(self) -> None:
         self._fuses_cpe = is_unmodified(self.cpe, ResidualDepthwise) and is_unmodified(self.norm1, GroupNorm1)
-        self._fuses_sum = is_unmodified(self.drop_path, DropPath) and is_unmodified(self.norm2, GroupNorm1)
+        self._fuses_sum = (
+            self.has_ffn and is_unmodified(self.drop_path, DropPath) and is_unmodified(self.norm2, GroupNorm1)
+        )
+
+    def remove_ffn(self) -> None:
+        """Remove the feed-forward network, so that the block's output is that of `apply_attention`."""
+        self.has_ffn = False
+        del self.norm2, self.ffn, self.shortcut
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.has_ffn:
+            return self.apply_attention(x)
         return self._ffn_residual(*add_norm(self.drop_path, self.norm2, *self._attend(x), fuses=self._fuses_sum))
 
     def apply_attention(self, x: Tensor) -> Tensor:

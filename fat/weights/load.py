@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fat.config import VARIANTS, FATConfig
-from fat.model import FAT, Trunk
+from fat.features import with_preprocessing
+from fat.model import FAT, FATFeatures, Trunk
 from fat.weights.classes import MAX_COUNT, ClassList
 from fat.weights.classifier import HEAD, match_classifier
 from fat.weights.entries import listed, select
 from fat.weights.header import WeightsInfo
 from fat.weights.released_names import from_released, is_released
 from fat.weights.safe_pickle import open_checkpoint, printable
+from fat.weights.variant import check_model
 
 MAX_HEADER = 16 * 2**20
 """Maximum bytes of a safetensors header. The header of fat_b3 has 0.1 MB; parsing needs ten times as much memory."""
@@ -37,9 +39,9 @@ def load_weights(
     The names may be those of this implementation or of the released one. Wrappers' prefixes are removed. If the file
     has several state dicts, one is chosen (`fat.weights.entries.select`). Pickles are interpreted, never executed.
 
-    The file's classifier is ignored if the model has none (num_classes=0); the classifier and the last norm are ignored
-    if the model is a feature extractor. Floating-point tensors are converted to the model's precision, with a warning
-    if float64 values lose digits.
+    The file's classifier is ignored if the model has none (num_classes=0). A feature extractor also ignores the last
+    norm and the layers after its last feature map. Floating-point tensors are converted to the model's precision, with
+    a warning if float64 values lose digits.
 
     Args:
         model: the model to fill.
@@ -53,7 +55,8 @@ def load_weights(
         Messages on what was found and decided, one line each, without the file's name.
 
     Raises:
-        ValueError: tensors are missing, unknown, of another shape or dtype, or not finite; the message names them.
+        ValueError: tensors are missing, unknown, of another shape or dtype, or not finite; the message names some of
+            them, or the model to which they belong, if that is recognised.
     """
     path = Path(path)
     return _fill(path, read_weights(path, entry), model, replace_head, classes)
@@ -154,6 +157,7 @@ def _fill(
 ) -> tuple[str, ...]:
     expected = model.state_dict()
     found, notes = _fitting(path, weights, model, replace_head, classes)
+    model.pretrained_cfg.update(with_preprocessing(model.pretrained_cfg, vars(weights.info)))
     rounded = []
     for name, tensor in found.items():
         wanted = expected[name].dtype
@@ -179,6 +183,7 @@ def _fitting(
     Raises ValueError if the tensors do not fit the model.
     """
     found, notes = weights.tensors, weights.notes
+    check_model(path, weights.info, found, model.config)
     if is_released(found):
         found = from_released(found, model.config)
     if isinstance(model, FAT):
@@ -189,8 +194,8 @@ def _fitting(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         notes += (note,) if note else ()
-    else:
-        found = {name: t for name, t in found.items() if not name.startswith((HEAD, "norm."))}
+    elif isinstance(model, FATFeatures):
+        found = {name: t for name, t in found.items() if not name.startswith(model.unused)}
     _check_fit(path, found, model.state_dict())
     return found, notes
 

@@ -9,14 +9,17 @@ from docs.reference import COMMAND_CLASSES, options, sections
 from launch.config.recipe import Recipe
 from tests.docs.blocks import LANGUAGES, PAGES, Block, blocks, commands
 from tests.docs.conftest import Shell
+from tests.support import vision_libraries
 
 # A word of a command line -> the options that may follow it.
 OPTIONS: dict[str, set[str]] = {
     "launch/train.py": {"--recipe"} | {row.flag for _, kind in sections(Recipe) for row in options(kind)},
     **{command: {row.flag for row in options(kind)} for command, kind in COMMAND_CLASSES.items()},
 }
-# Pages whose commands only `make test-all` runs: unit tests export, fuse and count the models, and log to the trackers.
-SLOW_PAGES = ("model", "trackers")
+# Pages whose commands only `make test-all` runs: unit tests export, fuse and count the models, train detectors and
+# segmentation models, and log to the trackers.
+SLOW_PAGES = ("model", "dense-prediction", "trackers")
+NEEDS_VISION_LIBRARIES = ("dense-prediction",)
 
 
 @pytest.mark.parametrize(
@@ -25,17 +28,21 @@ SLOW_PAGES = ("model", "trackers")
 )
 def test_commands_of_a_page_succeed(page: Path, folder: Path, shell: Shell) -> None:
     """Blocks run in order, in one folder; those that need a GPU, a cluster or a server are marked in the page."""
+    setup = ""
+    if page.stem in NEEDS_VISION_LIBRARIES:
+        vision_libraries.require()
+        setup = f"export PYTHONPATH=$PYTHONPATH:{vision_libraries.FOLDER}\n"
     script = folder / ".block.py"
     earlier = ""
     for block in blocks(page):
         if not block.runs:
             continue
         if block.language == "bash":
-            done = shell(block.text, folder)
+            done = shell(setup + block.text, folder)
         else:
             earlier = f"{earlier}\n{block.text}" if block.marker == "continues" else block.text
             script.write_text(earlier)
-            done = shell("python .block.py", folder)
+            done = shell(f"{setup}python .block.py", folder)
         assert done.returncode == 0, f"{block}\n{block.text}\n--\n{done.stdout[-4000:]}"
 
 

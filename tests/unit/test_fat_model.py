@@ -60,8 +60,10 @@ def test_the_last_feature_map_is_the_input_of_the_classifiers_norm() -> None:
         assert torch.equal(classifier.forward_head(classifier.norm(last)), classifier(images()))
 
 
-def test_every_parameter_of_a_feature_extractor_is_used() -> None:
-    model = fat.create_model(TINY, features_only=True).train()
+@pytest.mark.parametrize("out_indices", [None, (0,), (1, 2), (0, 3)], ids=str)
+def test_every_parameter_of_a_feature_extractor_is_used(out_indices: tuple[int, ...] | None) -> None:
+    """Otherwise, DistributedDataParallel would report unused parameters."""
+    model = fat.create_model(TINY, features_only=True, out_indices=out_indices).train()
     sum(m.sum() for m in model(images())).backward()
     assert all(p.grad is not None for p in model.parameters())
 

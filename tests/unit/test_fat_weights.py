@@ -157,11 +157,43 @@ def test_tensors_that_do_not_fit_the_model_are_named(
         fat.create_model(TINY, weights=tmp_path / "w.safetensors")
 
 
-def test_weights_of_another_variant_are_rejected_in_one_line(model: fat.FAT, tmp_path: Path) -> None:
-    fat.save_weights(model, tmp_path / "w.safetensors")
+@pytest.mark.parametrize("kind", ["with a config", "without metadata", "released names"])
+def test_weights_of_another_variant_are_recognised(tmp_path: Path, kind: str) -> None:
+    """The message is one line that names the file's variant, instead of hundreds of tensors."""
+    other = fat.create_model("fat_b1", num_classes=10)
+    path = tmp_path / ("w.safetensors" if kind == "with a config" else "w.pth")
+    if kind == "with a config":
+        fat.save_weights(other, path)
+    else:
+        state = other.state_dict()
+        torch.save(to_released(state, other.config) if kind == "released names" else state, path)
+    expected = (
+        f"{path}: not this model's weights, but those of fat_b1 (the model is fat_b0): widths (48, 96, 192, 384) "
+        "instead of (32, 80, 160, 256)"
+    )
+    for options in ({"num_classes": 10}, {"num_classes": 3, "replace_head": True}, {"features_only": True}):
+        with pytest.raises(ValueError, match=re.escape(expected)) as error:
+            fat.create_model("fat_b0", weights=path, **options)
+        assert str(error.value).endswith("; use fat.create_model('fat_b1'), or in training --variant b1")
+
+
+def test_weights_with_other_dimensions_than_any_variant_are_recognised(model: fat.FAT, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    fat.save_weights(model, path)
+    with pytest.raises(ValueError, match=r"a FAT model with other dimensions: depths .*; create the model with"):
+        fat.create_model(TINY, depths=(1, 2, 2, 2), weights=path)
+    with pytest.raises(ValueError, match="other dimensions: in_chans 3 instead of 1; create"):
+        fat.create_model(TINY, in_chans=1, weights=path)
+    fat.create_model(TINY, drop_path=0.3, weights=path)  # no tensor depends on it
+
+
+def test_a_message_about_tensors_names_only_some(model: fat.FAT, tmp_path: Path) -> None:
+    state = {name: t[:1] if t.ndim else t for name, t in model.state_dict().items()}
+    torch.save({name: t for name, t in state.items() if "cpe" not in name}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more; wrong shape: .* and \d+ more$") as error:
-        fat.create_model("fat_b0", num_classes=10, weights=tmp_path / "w.safetensors")
+        fat.create_model(TINY, weights=tmp_path / "w.pth")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize(
