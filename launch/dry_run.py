@@ -7,8 +7,8 @@ import io
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-import fat
 from launch.config.recipe import Recipe
 from launch.engine.execution import Execution, zero_and_precision
 from launch.engine.memory import check_batches_fit
@@ -16,6 +16,7 @@ from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World
+from launch.models.cost import count
 from launch.prepare import prepare_run
 from shards.errors import UserError
 from shards.redact import printable
@@ -45,7 +46,7 @@ def show_run(recipe: Recipe, world: World) -> None:
         print(*messages, describe_run(feed, run.model, run.execution), sep="\n")
 
 
-def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
+def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     """Return a table of steps, learning rates, memory and checkpoint size as text.
 
     If the metrics in the run folder have a throughput, the table also has the training time.
@@ -53,12 +54,12 @@ def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
     recipe, plan, shape, world = feed.recipe, feed.plan, feed.shape, feed.world
     zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
-    cost = fat.count(model, recipe.data.size)
+    cost = count(model, recipe.data.size)
     state = 4 * cost.parameters
     shards = world.size if zero else 1
     activations = cost.activation_bytes * shape.micro_rows * (0.5 if precision == "bf16" else 1)
     average = state if recipe.optim.ema else 0
-    title = f"dry run of fat_{recipe.model.variant}"
+    title = f"dry run of {recipe.model.spec}"
     table = Table("name", "value", show_header=False, title=title, title_justify="left")
     table.add_row(
         "data",

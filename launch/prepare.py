@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import fat
+from torch import nn
+
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model, load_initial_weights
+from launch.engine.distillation import Teacher
 from launch.engine.execution import Execution
 from launch.engine.memory import check_batches_fit
-from launch.engine.sync_batchnorm import check_values_per_channel
+from launch.engine.sync_batchnorm import check_batch_norms, check_values_per_channel
 from launch.feed import Feed
 from launch.machine.provenance import device_name
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.folder import will_resume
 from launch.run.saved_recipe import inherit_options, read_previous_start
+from launch.teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class PreparedRun:
 
     feed: Feed
     """Data of the run. Its recipe has inherited performance options from an earlier start (`inherit_options`)."""
-    model: fat.FAT
+    model: nn.Module
     """Initialized model, on the CPU."""
     execution: Execution
+    teacher: Teacher | None
+    """Teacher of a distillation, on the CPU."""
     resumes: bool
     """Whether the run folder has checkpoints from which this start resumes."""
     previous_decoder_load: float | None
@@ -66,6 +71,9 @@ def prepare_run(
     check_values_per_channel(recipe, feed.shape.micro_rows, world)
     execution = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
+    check_batch_norms(model, recipe.parallel.sync_bn, world)
     loaded = load_initial_weights(model, recipe, feed.class_list)
     messages += [] if resumes else loaded
-    return PreparedRun(feed, model, execution, resumes, previous_decoder_load, tuple(messages))
+    teacher, teacher_messages = load_teacher(feed)
+    messages += teacher_messages
+    return PreparedRun(feed, model, execution, teacher, resumes, previous_decoder_load, tuple(messages))

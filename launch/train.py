@@ -168,7 +168,7 @@ class Components(NamedTuple):
 
 def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Components:
     """Validate the run, acquire the lock of its folder and build the engine. Collective."""
-    DISPLAY.phase(f"reading the index of {recipe.data.data}, and building fat_{recipe.model.variant}")
+    DISPLAY.phase(f"reading the index of {recipe.data.data}, and building {recipe.model.spec}")
     prepared = prepare_run(recipe, world)
     data_set = Path(str(prepared.feed.dataset.path)).name
     trackers = start_trackers(prepared.recipe, world, resumes=prepared.resumes, data_set=data_set)
@@ -179,7 +179,8 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
     feed, decoder_messages = choose_jpeg_decoder(prepared.feed, previous=prepared.previous_decoder_load)
     shape = feed.shape
     DISPLAY.phase("preparing the model for training")
-    engine = Engine(prepared.model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+    rows = {"micro_batch": shape.micro_rows, "accumulation": shape.accumulation}
+    engine = Engine(prepared.model, feed.recipe, world, **rows, teacher=prepared.teacher)
     folder = RunFolder(feed.recipe, feed, engine, kernels)
     messages = (*prepared.messages, *decoder_messages)
     return Components(feed, engine, folder, trackers, messages, engine.resolved | kernels.resolved)

@@ -39,7 +39,7 @@ def match_classifier(
     rows = len(weight) if weight is not None and weight.ndim else 0
     outputs, note = model.num_classes, ""
     if model_classes is not None and outputs:
-        order, note = _decide(rows, outputs, file_classes, model_classes)
+        order, note = choose_rows(rows, outputs, file_classes, model_classes)
         if order is not None:
             return {n: t[order] if n.startswith(HEAD) and t.shape[:1] == (rows,) else t for n, t in found.items()}, note
     elif rows == outputs:
@@ -75,10 +75,16 @@ def difference(before: ClassList, now: ClassList) -> str:
     return f"{before.count:,} before, {now.count:,} now"
 
 
-def _decide(
+def choose_rows(
     rows: int, outputs: int, file_classes: ClassList | None, model_classes: ClassList
 ) -> tuple[Tensor | None, str]:
-    """Return the file's classifier row of each output (None: initialise a new classifier), and a description."""
+    """Return the file's classifier row of each output (None: initialise a new classifier), and a description.
+
+    Args:
+        rows, outputs: outputs of the file's classifier (0: it has none), and of the model's.
+        file_classes: classes of the file's outputs, if it stores them.
+        model_classes: classes of the model's outputs.
+    """
     same = file_classes is None or file_classes.digest == model_classes.digest
     if not rows:
         reason = "have no classifier"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fat.config import VARIANTS, FATConfig
 from fat.features import with_preprocessing
@@ -155,10 +155,19 @@ def _check_header(path: Path) -> None:
 def _fill(
     path: Path, weights: Weights, model: Trunk, replace_head: bool = False, classes: ClassList | None = None
 ) -> tuple[str, ...]:
-    expected = model.state_dict()
     found, notes = _fitting(path, weights, model, replace_head, classes)
     model.pretrained_cfg.update(with_preprocessing(model.pretrained_cfg, vars(weights.info)))
-    rounded = []
+    load_tensors(path, found, model)
+    return notes
+
+
+def load_tensors(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Load the tensors of a file into any model, strictly, and converted to the model's precision.
+
+    Raises ValueError if tensors are missing, unknown, of another shape or dtype, or not finite.
+    """
+    expected, found, rounded = model.state_dict(), dict(tensors), []
+    _check_fit(path, found, expected)
     for name, tensor in found.items():
         wanted = expected[name].dtype
         if tensor.dtype == torch.float64 and wanted == torch.float32:
@@ -170,9 +179,8 @@ def _fill(
                 f"{path}: {printable(name)} contains NaN or infinite values; use an earlier checkpoint"
             )
     if rounded:
-        warnings.warn(f"{path}: float64 weights are rounded to float32: {listed(rounded)}", stacklevel=3)
+        warnings.warn(f"{path}: float64 weights are rounded to float32: {listed(rounded)}", stacklevel=4)
     model.load_state_dict(found)
-    return notes
 
 
 def _fitting(

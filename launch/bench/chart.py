@@ -28,7 +28,7 @@ def draw(figures: Figures) -> Any:
     rates = (figures.loader.rate, figures.model.rate, figures.predicted, figures.both.rate)
     bars = speeds.barh(list(COLOURS), rates, color=list(COLOURS.values()))
     speeds.bar_label(bars, labels=[f"{rate:,.1f}" for rate in rates], padding=3)
-    speeds.set(xlabel="images/s", title=f"fat_{figures.settings['variant']}, batch {figures.settings['batch']}")
+    speeds.set(xlabel="images/s", title=f"{figures.settings['model']}, batch {figures.settings['batch']}")
     if max(rates) > LINEAR_SPREAD * min(rates) > 0:
         speeds.set(xscale="log", xlim=(min(rates) / 4, max(rates) * 6), xlabel="images/s (logarithmic)")
         # The default labels are powers of ten as formulas, which `write_chart` switches off.

@@ -20,7 +20,8 @@ from launch.engine.build import build_model
 from launch.engine.engine import Engine
 from launch.feed import Feed
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
-from launch.roofline import Roofline
+from launch.monitor.roofline import Roofline
+from launch.teacher import load_teacher
 from pipeline.decode.choose import resolve_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
@@ -52,7 +53,8 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int, progress: Phases) -> Fi
     with one_rank(recipe, ranks=ranks) as (feed, kernels):
         progress.begin("building the model")
         model = build_model(feed.recipe, feed.classes)
-        engine = Engine(model, feed.recipe, feed.world, micro_batch=feed.shape.micro_rows, accumulation=1)
+        rows, (teacher, _) = feed.shape.micro_rows, load_teacher(feed)
+        engine = Engine(model, feed.recipe, feed.world, micro_batch=rows, accumulation=1, teacher=teacher)
         for note in engine.notes:
             progress.note(note)
         return _figures(feed, engine, steps, {"ranks": ranks, **engine.resolved, **kernels.resolved}, progress)
@@ -83,7 +85,7 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
     return Figures(
         machine=_machine(device, cores),
         settings={
-            "variant": recipe.model.variant,
+            "model": str(recipe.model.spec),
             "batch": batch,
             "size": recipe.data.size,
             "augment": recipe.data.augment,

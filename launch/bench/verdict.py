@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from launch.roofline import Roofline
+from launch.monitor.roofline import Roofline
 
 # If training reaches this fraction of the throughput of the model alone, the difference is measurement noise.
 SATURATED = 0.98

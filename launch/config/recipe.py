@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from launch.config.data import DataConfig
+from launch.config.distillation import DistillationConfig
 from launch.config.engine import CompileConfig, ParallelConfig
 from launch.config.model import ModelConfig
 from launch.config.optim import OptimConfig
@@ -30,6 +31,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     run: RunConfig = field(default_factory=RunConfig)

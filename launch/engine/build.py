@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
+from torch import nn
 
 import fat
-from fat.config import VARIANTS, FATConfig
+from fat.config import FATConfig
 from launch.config.recipe import Recipe
+from launch.models.create import check_model, create_model, fat_config
+from launch.models.weights import load_weights
 from pipeline.rng import Stream, seed64
 from shards.errors import UserError
 
 
-def build_model(recipe: Recipe, classes: int) -> fat.FAT:
-    """Return the model, initialized from the run's seed."""
+def build_model(recipe: Recipe, classes: int) -> nn.Module:
+    """Return the model, initialized from the run's seed, and checked if it is not a FAT.
+
+    Raises:
+        UserError: the model cannot be created, or not be trained with these images and classes.
+    """
+    options = recipe.model
     torch.manual_seed(seed64(Stream.INIT, recipe.run.seed))
-    return fat.FAT(config_of(recipe, classes))
+    model = create_model(options.spec, num_classes=classes, drop_path=options.drop_path)
+    if not options.spec.is_fat:
+        check_model(model, options.spec, size=recipe.data.size, num_classes=classes)
+    return model
 
 
-def config_of(recipe: Recipe, classes: int) -> FATConfig:
-    """Return the dimensions of the recipe's model."""
-    config = dataclasses.replace(VARIANTS[f"fat_{recipe.model.variant}"], num_classes=classes)
-    drop_path = recipe.model.drop_path
-    return config if drop_path is None else dataclasses.replace(config, drop_path=drop_path)
+def config_of(recipe: Recipe, classes: int) -> FATConfig | None:
+    """Return the dimensions of the recipe's model; None if it is not a FAT."""
+    spec = recipe.model.spec
+    return fat_config(spec, num_classes=classes, drop_path=recipe.model.drop_path) if spec.is_fat else None
 
 
-def load_initial_weights(model: fat.FAT, recipe: Recipe, classes: fat.ClassList) -> list[str]:
+def load_initial_weights(model: nn.Module, recipe: Recipe, classes: fat.ClassList) -> list[str]:
     """Load the weights of `--weights`, if it is set; return messages, such as what was done with the classifier.
 
     Args:
@@ -43,6 +51,6 @@ def load_initial_weights(model: fat.FAT, recipe: Recipe, classes: fat.ClassList)
             f"--weights {path}: is a folder; use a weights file, such as {path / 'weights-last.safetensors'}"
         )
     try:
-        return [f"{path}: {note}" for note in fat.load_weights(model, path, classes=classes)]
+        return [f"{path}: {note}" for note in load_weights(model, path, classes=classes)]
     except (ValueError, OSError) as error:
         raise UserError(f"--weights: {error}") from error

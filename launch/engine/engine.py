@@ -21,6 +21,7 @@ from launch.config.recipe import Recipe
 from launch.engine.accelerate import wrap
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
+from launch.engine.distillation import Distiller, Teacher
 from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
 from launch.engine.loss import SampleResults, autocast, evaluate_batches, soft_cross_entropy
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
@@ -53,17 +54,30 @@ class Engine:
         recipe: optimizer, precision, ZeRO stage, BatchNorm, execution.
         world: from `connect`.
         micro_batch, accumulation: rows per forward pass, and forward passes per step, of this rank.
+        teacher: model whose outputs are distilled (`Recipe.distillation`); None: no distillation.
 
     With CUDA graphs, the constructor captures forward and backward, and every batch must have the recipe's image size.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        world: World,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.world = world
         # Weight gradients of 1x1 convolutions are sums over all pixels of a batch; bf16 partial sums are too inexact.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.zero, self.precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
+        self.teacher = teacher
+        distillation = recipe.distillation
+        self._distiller = Distiller(teacher, distillation, world.device, self.precision) if teacher else None
         model = self.execution.apply_memory_format(model.to(world.device))
         model = convert_sync_batchnorm(model, recipe.parallel.sync_bn, world)
         self.execution.compile_model(model)
@@ -138,7 +152,7 @@ class Engine:
                 with self.phase("forward"):
                     with autocast(self.world.device, self.precision):
                         logits = self._wrapped(batch.images)
-                    loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
+                    loss = self._loss(logits, batch) / len(batches)
                 with self.phase("backward"):
                     loss.backward()
             total += loss.detach()
@@ -154,7 +168,7 @@ class Engine:
             last = number == len(batches) - 1
             self._wrapped.set_gradient_accumulation_boundary(last)
             with self.phase("forward"):
-                loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
+                loss = self._loss(self._wrapped(batch.images), batch)
             with self.phase("backward"):
                 self._wrapped.backward(loss)  # DeepSpeed divides the loss by the number of micro-batches
             with self.phase("optimizer"):
@@ -165,6 +179,10 @@ class Engine:
         if norm is None:  # DeepSpeed has computed the norm, and skipped the update if the norm is not finite
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing)
+        return self._distiller(loss, logits, batch.images) if self._distiller else loss
 
     def _set_training_mode(self) -> None:
         if self.model.training:  # do not set the mode again: it takes 1 to 2 ms of host time
@@ -211,7 +229,7 @@ class Engine:
 
     def statistics(self) -> list[Tensor]:
         """Return BatchNorm's running means and variances (not copies)."""
-        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        return self._state.statistics
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
@@ -280,8 +298,10 @@ class Engine:
     @property
     def resolved(self) -> dict[str, str]:
         """Names and chosen values of execution options, for the log."""
-        ranks = {norm.ranks for norm in batch_norms(self.model) if isinstance(norm, GlobalBatchNorm)}
+        norms = batch_norms(self.model)
+        ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
         over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
+        over = over if norms else "none in this model"
         execution, device = self.execution, self.world.device.type
         detail = f": forward and backward of {self._graphs.parts} parts" if self._graphs else ""
         detail = f" ({execution.eager_reason})" if execution.eager_reason else detail

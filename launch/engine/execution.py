@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fat.kernels
+from fat.model import FAT
 from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
@@ -97,7 +98,7 @@ class Execution:
             )
         return cls(
             memory_format=options.memory_format or ("contiguous" if zero else "channels-last"),
-            kernels=options.kernels or fat.kernels.mode(),
+            kernels=(options.kernels or fat.kernels.mode()) if recipe.model.spec.is_fat else "off",
             compile=mode,
             optimizer_impl=options.optimizer_impl or "fused",
             eager_reason=obstacle if options.compile is None and device.type in RECORDERS else "",
@@ -111,7 +112,9 @@ class Execution:
         """Compile the model in place, before it is wrapped, so that names and checkpoints do not change."""
         if self.uses_compiler:
             _check_compiler_cache()
-            model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
+            # FAT is one graph. Other models may have graph breaks.
+            whole = isinstance(model, FAT)
+            model.compile(fullgraph=whole, mode=None if self.compile == "default" else self.compile)
 
     @property
     def uses_compiler(self) -> bool:

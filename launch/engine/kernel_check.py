@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-import fat
 from fat import kernels
 from fat.kernels import selfcheck
 from fat.kernels.prefill.command import Progress
 from fat.kernels.prefill.work import evaluation, training_step
 from fat.kernels.selfcheck import Check, Failure, KernelFault
+from fat.model import Trunk
 from launch.config.recipe import Recipe
 from launch.engine.execution import KERNELS_VARIABLE, zero_and_precision
 from launch.feed import Feed
@@ -63,7 +64,7 @@ class KernelCheckResult:
         return {"kernel check": check} | ({"kernel compilation": self.compilation} if self.compilation else {})
 
 
-def check_training_kernels(recipe: Recipe, feed: Feed, model: fat.FAT) -> KernelCheckResult:
+def check_training_kernels(recipe: Recipe, feed: Feed, model: nn.Module) -> KernelCheckResult:
     """Run `check_kernels` for a training run. Collective."""
     _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -84,7 +85,7 @@ def check_training_kernels(recipe: Recipe, feed: Feed, model: fat.FAT) -> Kernel
 
 
 def check_kernels(
-    model: fat.FAT,
+    model: nn.Module,
     world: World,
     *,
     size: int,
@@ -99,7 +100,8 @@ def check_kernels(
 
     Collective: the first rank of every node compiles and compares while the node's other ranks wait. A family that
     fails on one node is disabled on all ranks, so that results do not depend on the rank. Rank 0 prints progress and
-    warnings to stderr. Nothing is compared if kernels are not used, or with mode "unchecked".
+    warnings to stderr. Nothing is compared if kernels are not used, or with mode "unchecked". Of other models than FAT,
+    only the kernels of the loader are checked.
 
     Args:
         model: it is not changed.
@@ -114,12 +116,13 @@ def check_kernels(
     Raises:
         KernelsUnusable: a kernel has left the device in an error state.
     """
-    of_model = (mode or kernels.mode()) if kernels.supported(world.device.type) else "off"
+    uses_kernels = isinstance(model, Trunk) and kernels.supported(world.device.type)
+    of_model = (mode or kernels.mode()) if uses_kernels else "off"
     of_loader = kernels.mode() if augment is not None and augment_kernels.available(world.device) else "off"
 
     def cases() -> list[Check]:
         found: list[Check] = []
-        if of_model == "auto":
+        if of_model == "auto" and isinstance(model, Trunk):
             found += selfcheck.cases(model, size, dtype, gradients=gradients, frozen_norms=frozen_norms)
         if augment is not None and of_loader == "auto":
             found += augment_selfcheck.cases(augment, dtype)

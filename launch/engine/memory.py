@@ -18,8 +18,8 @@ CHANNELS = 3
 def check_batches_fit(feed: Feed) -> None:
     """Check that the batches of all ranks on this machine fit into its memory, by a lower bound on their size.
 
-    The bound counts encoded images that are read ahead, decoded batches and, on CPUs, activations. It does not count
-    weights, because they do not depend on the options that the message names.
+    The bound counts encoded images that are read ahead, decoded batches and, on CPUs, activations of FAT. It does not
+    count weights, because they do not depend on the options that the message names.
 
     Raises:
         UserError: they do not fit; the message names these options, the memory that they need and that of the machine.
@@ -34,7 +34,7 @@ def check_batches_fit(feed: Feed) -> None:
     numbers = feed.shape.rank_rows * itemsize + rows * ahead + feed.eval_rows * (itemsize + ahead)
     batches = numbers * pixels * CHANNELS
     encoded = int(feed.dataset.index("train")["size"].mean()) * rows * settings.read_ahead
-    activations = rows * pixels * ACTIVATION_BYTES_PER_PIXEL * itemsize // 4
+    activations = rows * pixels * ACTIVATION_BYTES_PER_PIXEL * itemsize // 4 if feed.recipe.model.spec.is_fat else 0
     what = (
         f"--global-batch {data.global_batch}, --size {data.size}: {feed.shape.rank_rows:,} images per rank, "
         f"{rows:,} per forward pass, {feed.eval_rows:,} per evaluation step, --read-ahead {settings.read_ahead}, "

@@ -31,12 +31,13 @@ def convert_sync_batchnorm(model: nn.Module, sync_bn: str, world: World) -> nn.M
         sync_bn: auto, on, off or group:N (`ParallelConfig.sync_bn`).
 
     Raises:
-        RecipeError: there is only one rank, or N does not divide the world size.
+        RecipeError: there is only one rank, N does not divide the world size, or see `check_batch_norms`.
     """
     if not syncs_over_ranks(sync_bn, world.size, world.device):
         return model
     if world.size == 1:
         raise RecipeError(f"--sync-bn {sync_bn}: requires several ranks, but there is only one; use auto")
+    check_batch_norms(model, sync_bn, world)
     size = int(sync_bn.removeprefix("group:")) if sync_bn.startswith("group:") else world.size
     if world.size % size:
         raise RecipeError(
@@ -55,6 +56,22 @@ def convert_sync_batchnorm(model: nn.Module, sync_bn: str, world: World) -> nn.M
 def syncs_over_ranks(sync_bn: str, ranks: int, device: torch.device) -> bool:
     """Return whether BatchNorm statistics are computed over several ranks (resolves `ParallelConfig.sync_bn`)."""
     return sync_bn != "off" and (sync_bn != "auto" or (ranks > 1 and device.type == "cuda"))
+
+
+def check_batch_norms(model: nn.Module, sync_bn: str, world: World) -> None:
+    """Check that all BatchNorm layers can be synchronized, if `sync_bn` resolves to that.
+
+    Raises:
+        RecipeError: a layer is of an unknown class, or has no parameters or running statistics.
+    """
+    if not syncs_over_ranks(sync_bn, world.size, world.device):
+        return
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and _synchronized_class(norm) is None:
+            raise RecipeError(
+                f"--sync-bn {sync_bn}: the statistics of {name} ({type(norm).__name__}) cannot be computed over "
+                "several ranks; use --sync-bn off"
+            )
 
 
 def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
@@ -87,11 +104,11 @@ class GlobalBatchNorm(BatchNorm):
     device in every layer, and it cannot be compiled as one graph. The plan gives all ranks equal numbers, so that one
     all-reduce in the forward and one in the backward pass are sufficient.
 
-    images: float [B, C, H, W], any memory format and dtype. Statistics are float32. They are combined over ranks in
-    float64, because the mean of squares minus the square of the mean is inexact in float32.
+    images: float [B, C, ...], such as [B, C, H, W], in any memory format and dtype. Statistics are float32. They are
+    combined over ranks in float64, because the mean of squares minus the square of the mean is inexact in float32.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d, group: dist.ProcessGroup) -> None:
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: dist.ProcessGroup) -> None:
         """Use the parameters and buffers of `norm`."""
         super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
         self._parameters.update(norm._parameters)
@@ -101,6 +118,11 @@ class GlobalBatchNorm(BatchNorm):
         self.ranks = dist.get_world_size(group)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4:
+            return self._normalize(input)
+        return self._normalize(input.reshape(*input.shape[:2], -1, 1)).view_as(input)  # of BatchNorm1d or 3d
+
+    def _normalize(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         output, mean, var = _Normalize.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
@@ -114,6 +136,21 @@ class GlobalBatchNorm(BatchNorm):
 
     def sync_sum(self, values: Tensor) -> Tensor:
         return _sum_over_ranks(values, self.group)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """`GlobalBatchNorm` for timm's BatchNormAct2d, which applies dropout and an activation after BatchNorm."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, group: dist.ProcessGroup) -> None:
+        super().__init__(norm, group)
+        self.drop, self.act = norm.get_submodule("drop"), norm.get_submodule("act")
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
 
 
 class _SyncStatistics(torch.autograd.Function):
@@ -197,9 +234,20 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _replace(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """Replace every BatchNorm2d by a `GlobalBatchNorm`, in place; return the model."""
-    if isinstance(model, nn.BatchNorm2d):
-        return GlobalBatchNorm(model, group)
+    """Replace every BatchNorm by a `GlobalBatchNorm`, in place; return the model."""
+    if isinstance(model, nn.modules.batchnorm._BatchNorm) and (synchronized := _synchronized_class(model)):
+        return synchronized(model, group)
     for name, child in model.named_children():
         setattr(model, name, _replace(child, group))
     return model
+
+
+def _synchronized_class(norm: nn.modules.batchnorm._BatchNorm) -> type[GlobalBatchNorm] | None:
+    """Return the class that replaces a BatchNorm layer; None if there is none."""
+    if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
+        return None
+    kind = type(norm)
+    if kind in (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        return GlobalBatchNorm
+    # Other subclasses may compute something else. timm is not imported here, because it is optional.
+    return GlobalBatchNormAct if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.") else None

@@ -39,7 +39,8 @@ class OptimizerState:
         self._inner = optimizer.optimizer if zero else optimizer
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # BatchNorm's running means and variances.
-        self._statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        self._buffers = saved_buffers(model)
+        self._statistics = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
         self._create_moments()
         self._ema = [owner.detach().clone() for owner in self._owners()] if decay else []
         self._ema_buffers = [buffer.clone() for buffer in self._statistics.values()] if decay else []
@@ -100,6 +101,11 @@ class OptimizerState:
             self._write_module(current)
 
     @property
+    def statistics(self) -> list[Tensor]:
+        """BatchNorm's running means and variances (not copies)."""
+        return list(self._statistics.values())
+
+    @property
     def averaged_statistics(self) -> list[Tensor]:
         """BatchNorm's running means and variances in the EMA (not copies)."""
         return self._ema_buffers
@@ -112,7 +118,7 @@ class OptimizerState:
         state = {f"model/{name}": value for name, value in self._gathered().items()}
         for moment in self._moments:
             state |= {f"{moment}/{name}": value for name, value in self._gathered(moment).items()}
-        state |= {f"model/{name}": buffer for name, buffer in self._model.named_buffers()}
+        state |= {f"model/{name}": buffer for name, buffer in self._buffers.items()}
         if self._decay:
             self._swap_average()
             average = self._gathered() | self._statistics
@@ -139,7 +145,7 @@ class OptimizerState:
             for name, buffer in zip(self._statistics, self._ema_buffers, strict=True):
                 buffer.copy_(average[name])
         weights = weights_of(state)
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._buffers.items():
             buffer.copy_(weights[name])
         self._write_module({name: weights[name] for name in self._names})
         self._write_owners(weights)
@@ -152,7 +158,7 @@ class OptimizerState:
         """Return how a state differs from the one that this model saves, or an empty string."""
         shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
         parameters = {name: (shape, torch.float32) for name, shape in shapes.items()}
-        buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in self._model.named_buffers()}
+        buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in self._buffers.items()}
         kinds = {"model": parameters | buffers} | dict.fromkeys(self._moments, parameters)
         if any(key.startswith(f"{AVERAGE}/") for key in state):
             kinds[AVERAGE] = parameters | {name: buffers[name] for name in self._statistics}
@@ -249,6 +255,12 @@ class OptimizerState:
         flat = value.flatten()
         padded = nn.functional.pad(flat, (0, size * self._world.size - flat.numel()))
         return padded.narrow(0, size * self._world.rank, size)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are in the model's `state_dict`, by name. Models recompute others, such as masks."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def weights_of(state: dict[str, Tensor], *, average: bool = False) -> dict[str, Tensor]:

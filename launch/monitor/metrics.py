@@ -23,9 +23,9 @@ from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
 from launch.machine.provenance import device_name
 from launch.monitor.display import Display
+from launch.monitor.roofline import Roofline
 from launch.monitor.trackers import Trackers
 from launch.monitor.view import GAP, View
-from launch.roofline import Roofline
 from launch.run.metrics_file import MetricsLog
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import StatusContent
@@ -100,7 +100,7 @@ class Metrics:
             step=progress.step,
             world=self._world.size,
             engine=engine.description,
-            variant=recipe.model.variant,
+            model=str(recipe.model.spec),
             device=device_name(self._world.device),
             host=self._world.host,
             total_steps=feed.last_step,
@@ -119,7 +119,7 @@ class Metrics:
         self.step = progress.step
         """Optimizer steps done."""
         self.view = View(
-            title=f"{recipe.run.out.resolve().name}{GAP}fat_{recipe.model.variant} on {self._devices}",
+            title=f"{recipe.run.out.resolve().name}{GAP}{recipe.model.spec} on {self._devices}",
             step=progress.step,
             first_step=progress.step,
             total_steps=feed.last_step,

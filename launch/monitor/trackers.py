@@ -63,7 +63,7 @@ class Trackers:
         run = TrackedRun(
             out=recipe.run.out,
             project=recipe.log.tracker_project,
-            tags={"variant": recipe.model.variant} | ({"data_set": redacted(data_set)} if data_set else {}),
+            tags={"model": str(recipe.model.spec)} | ({"data_set": redacted(data_set)} if data_set else {}),
             options=_flat(redacted(recipe.to_dict())),
             resumes=resumes,
         )

@@ -26,7 +26,7 @@ class Summary:
     name: str
     state: str
     reason: str
-    variant: str
+    model: str
     best: str
     best_note: str
     last: str
@@ -56,7 +56,7 @@ def summarize(run: LoadedRun) -> Summary:
         name=run.name,
         state=run.state(),
         reason=run.status.reason if run.status else "",
-        variant=f"FAT-{start['variant'].upper()}" if start else "",
+        model=model_title(start["model"]) if start else "",
         best=best,
         best_note=best_note,
         last=last,
@@ -142,11 +142,16 @@ def _counts_by_start(lines: Lines, name: str) -> list[list[dict[str, Any]]]:
 def paper_accuracy(run: LoadedRun) -> tuple[float, str] | None:
     """Return the paper's top-1 accuracy in percent and its name, if the run has as many classes as ImageNet-1K."""
     classes = len(run.classes) if run.classes else run.evaluation.info.outputs if run.evaluation else 0
-    variant = run.timeline.starts[-1]["variant"] if run.timeline.starts else ""
-    value = PAPER_TOP1.get(f"fat_{variant}")
+    model = run.timeline.starts[-1]["model"] if run.timeline.starts else ""
+    value = PAPER_TOP1.get(model)
     if classes != IMAGENET_CLASSES or value is None:
         return None
-    return value, f"paper, FAT-{variant.upper()}: {value} %"
+    return value, f"paper, {model_title(model)}: {value} %"
+
+
+def model_title(model: str) -> str:
+    """Return the name of a model as shown to readers, such as FAT-B3 for fat_b3."""
+    return model.upper().replace("_", "-") if model in PAPER_TOP1 else model
 
 
 def clock(moment: float) -> str:

@@ -13,13 +13,17 @@ from launch.run.checkpoint import Checkpoint, CheckpointError, Fingerprint
 from launch.run.saved_recipe import restore_class_names
 
 
-def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
-    """Return the fingerprint of a run: `fixed` are the options that determine its batches and steps."""
+def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerprint:
+    """Return the fingerprint of a run: `fixed` are the options that determine its batches and steps.
+
+    Args:
+        teacher: digest of the weights of the distillation's teacher; None: no distillation.
+    """
     plan, optim = feed.plan, recipe.optim
     validation = feed.dataset.manifest.splits.get("val")
     return Fingerprint(
         fixed={
-            "variant": recipe.model.variant,
+            "model": str(recipe.model.spec),
             "global_batch": plan.global_batch,
             "lanes": plan.lanes,
             "shuffle_block_size": plan.shuffle_block_size,
@@ -29,11 +33,16 @@ def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
             "train_index": feed.dataset.split("train").index_hash,
             "val_index": validation.index_hash if validation else None,
             "augmentation": repr(feed.augment),
+            "teacher": teacher,
         },
         free={
             **{
                 name: getattr(optim, name)
                 for name in ("optimizer", "lr", "weight_decay", "clip_grad", "label_smoothing", "ema")
+            },
+            **{
+                name: getattr(recipe.distillation, name)
+                for name in ("distillation", "distillation_alpha", "distillation_temperature")
             },
             "crop_pct": recipe.data.crop_pct,
             "warmup_epochs": optim.warmup,

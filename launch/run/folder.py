@@ -63,7 +63,7 @@ class RunFolder:
         self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.checkpoint.keep, info=info)
         self._weights = WeightsFiles(self.path, info)
         self._writer = BackgroundWriter(self._checkpoints, self._weights)
-        self._fingerprint = fingerprint(recipe, feed)
+        self._fingerprint = fingerprint(recipe, feed, teacher=engine.teacher.digest if engine.teacher else None)
         self._resumed = Progress()
 
     def resume(self) -> tuple[Progress, list[str]]:
@@ -94,7 +94,7 @@ class RunFolder:
             self._write_description()
         epochs = self._recipe.optim.epochs
         messages.append(
-            f"training fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, "
+            f"training {self._recipe.model.spec} on {world.size} x {world.device.type}, "
             f"{self._engine.description}: {plan.samples:,} images of {self._feed.dataset.path}, {epochs} "
             f"epoch{'s' if epochs > 1 else ''} of {plan.steps_per_epoch:,} steps, {plan.global_batch:,} images per step"
         )

@@ -39,8 +39,8 @@ class Start(Line):
     """Number of ranks."""
     engine: str
     """Data parallelism and precision."""
-    variant: str
-    """FAT variant, such as b3."""
+    model: str
+    """Name of the model, such as fat_b3 or timm/resnet50."""
     device: str
     """Name of rank 0's device."""
     host: str

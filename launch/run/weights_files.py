@@ -82,7 +82,7 @@ def describe_weights(recipe: Recipe, feed: Feed) -> fat.WeightsInfo:
     return fat.WeightsInfo(
         config=config_of(recipe, feed.classes),
         classes=feed.class_list,
-        model=f"fat_{recipe.model.variant}",
+        model=str(recipe.model.spec),
         size=recipe.data.size,
         crop_pct=recipe.data.crop_pct,
         interpolation="bicubic",

@@ -53,7 +53,7 @@ def tune(
             f"command: {command}",
             f"device: {device_name(world.device)}, {world.cores} cores per rank",
             f"versions: {', '.join(f'{name} {version}' for name, version in versions().items() if version)}",
-            f"measured on {date.today()}: fat_{recipe.model.variant}, {shape.micro_rows} images of {data.size} pixels "
+            f"measured on {date.today()}: {recipe.model.spec}, {shape.micro_rows} images of {data.size} pixels "
             f"per forward pass, {shape.accumulation} forward passes per step, rank 0 of {ranks}, {precision}, "
             f"ZeRO {zero}",
         )

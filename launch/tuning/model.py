@@ -18,6 +18,7 @@ from launch.engine.build import build_model
 from launch.engine.engine import Engine
 from launch.engine.execution import Execution
 from launch.feed import Feed
+from launch.teacher import load_teacher
 from launch.tuning.trials import Choice, Values, tune
 from shards.progress import Phases
 
@@ -53,7 +54,7 @@ def candidates(feed: Feed, *, ranks: int) -> list[list[Values]]:
         # "reduce-overhead" is tried for a single rank only: a measurement without collectives cannot show whether the
         # compiler's own CUDA graphs work with them.
         values["compile"] = ("cudagraphs", "off", "default", *(("reduce-overhead",) if ranks == 1 else ()))
-    if fat.kernels.available(device.type):  # False if $FAT_KERNELS is off
+    if recipe.model.spec.is_fat and fat.kernels.available(device.type):  # False if $FAT_KERNELS is off
         values["kernels"] = ("auto", "off")  # measured last, because the result depends on the compile mode
     return [
         [{name: value} for value in dict.fromkeys((getattr(default, name), *tried))]
@@ -73,7 +74,8 @@ def steps_rate(feed: Feed, values: Values, *, ranks: int) -> float:
     recipe = replace(recipe, compile=replace(recipe.compile, **values))
     Execution.of(recipe, world.device, accumulation=shape.accumulation, ranks=ranks)
     model = build_model(recipe, feed.classes)
-    engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+    rows, (teacher, _) = {"micro_batch": shape.micro_rows, "accumulation": shape.accumulation}, load_teacher(feed)
+    engine = Engine(model, recipe, world, **rows, teacher=teacher)
     try:
         return model_alone(
             resident_batches(feed, engine),

@@ -79,4 +79,4 @@ def test_a_damaged_run_folder_loses_only_the_damaged_files(train: Trainer, tmp_p
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     begun = [line["step"] for line in read_metrics(run) if line["kind"] == "start"]
     assert begun == [0, 2]  # from the older checkpoint, which is intact
-    assert json.loads((run / "recipe.json").read_text())["recipe"]["model"]["variant"] == "b0"
+    assert json.loads((run / "recipe.json").read_text())["recipe"]["data"]["global_batch"] == 64

@@ -300,7 +300,7 @@ class CheckpointTarget:
         return [(self._make(folder) / META).read_bytes()]
 
     def _make(self, folder: Path) -> Path:
-        fingerprint = Fingerprint(fixed={"seed": 0, "variant": "b0"}, free={"lr": 1e-3})
+        fingerprint = Fingerprint(fixed={"seed": 0, "model": "fat_b0"}, free={"lr": 1e-3})
         progress = Progress(step=14, epoch=0, epoch_step=14, best=0.5, seconds=3.5)
         return CheckpointFolder(folder / "checkpoints").save({"w": torch.zeros(2)}, progress, fingerprint)
 
@@ -335,7 +335,7 @@ class FileTarget:
 
 
 def _metrics() -> bytes:
-    start = {"kind": "start", "time": 2.0, "step": 7, "started": 1.0, "world": 1, "engine": "e", "variant": "b0"}
+    start = {"kind": "start", "time": 2.0, "step": 7, "started": 1.0, "world": 1, "engine": "e", "model": "fat_b0"}
     train = {"kind": "train", "step": 8, "epoch": 1, "loss": 2.3, "lr": 1e-3, "time": 3.5, "images_per_second": 10.0}
     lines = [
         start

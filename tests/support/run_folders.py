@@ -23,7 +23,7 @@ from launch.run.status import write_status
 BEGAN = 1_700_000_000.0
 STEP_SECONDS, DOWN_SECONDS = 2.0, 60.0
 START = {
-    "world": 1, "engine": "plain data parallel, fp32", "variant": "b0", "device": "some CPU", "host": "node1",
+    "world": 1, "engine": "plain data parallel, fp32", "model": "fat_b0", "device": "some CPU", "host": "node1",
     "global_batch": 64,
 }  # fmt: skip
 

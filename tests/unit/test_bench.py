@@ -27,7 +27,7 @@ from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.device_peaks import DevicePeaks
 from launch.machine.world import World
-from launch.roofline import Roofline
+from launch.monitor.roofline import Roofline
 
 BATCH = 2
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def figures(**changes: Any) -> Figures:
     """Return results of a GPU that waits for its decoder, with changes."""
     usual: dict[str, Any] = {
         "machine": {"device": "GPU", "cores": 16, "load": 1.0},
-        "settings": {"variant": "b0", "batch": 256, "loader": "dali on the GPU, JPEG engine"},
+        "settings": {"model": "fat_b0", "batch": 256, "loader": "dali on the GPU, JPEG engine"},
         "reading": 50_000.0,
         "decoding": 5_100.0,
         "loader": Phase(rate=5_000.0, cpu=1e-3, waiting=1.0),

@@ -25,7 +25,7 @@ from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.machine.device_peaks import DevicePeaks
 from launch.monitor.metrics import Display
-from launch.roofline import Roofline
+from launch.monitor.roofline import Roofline
 from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.progress import Progress
@@ -103,7 +103,7 @@ def test_device_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
     phase = Phase(rate=1.0, cpu=1.0, waiting=0.0)
     roofline = Roofline(1, 1, DevicePeaks(arithmetic=1.0, stated=True, bandwidth=1.0))
     machine = {"device": r"GPU $\frac$", "cores": 1, "load": 0}
-    settings = {"variant": "b0", "batch": 1}
+    settings = {"model": "fat_b0", "batch": 1}
     figures = Figures(
         machine=machine, settings=settings, reading=1.0, decoding=1.0, loader=phase, model=phase, both=phase,
         predicted=1.0, roofline=roofline, memory={},

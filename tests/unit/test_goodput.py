@@ -228,7 +228,7 @@ def write(run: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 START = {
-    **{"engine": "ddp", "variant": "b0", "device": "cpu", "host": "a", "total_steps": 40, "steps_per_epoch": 10},
+    **{"engine": "ddp", "model": "fat_b0", "device": "cpu", "host": "a", "total_steps": 40, "steps_per_epoch": 10},
     **{"epochs": 4, "global_batch": 8},
 }
 TRAIN = {"images_per_second": 8.0}

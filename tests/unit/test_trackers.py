@@ -144,7 +144,7 @@ def test_weights_and_biases_gets_project_name_tags_and_options(local: Path, monk
     library_of("wandb", monkeypatch)
     trackers = Trackers(recipe("wandb", local / "b0-digits", "my project"), data_set="digits-shards")
     run = trackers._trackers["wandb"][0]._tracker.tracker
-    assert (run.project, run.name, run.tags) == ("my project", "b0-digits", ("b0", "digits-shards"))
+    assert (run.project, run.name, run.tags) == ("my project", "b0-digits", ("fat_b0", "digits-shards"))
     (local / "b0-digits").mkdir()
     trackers.open(local / "b0-digits", step=0)
     trackers.finish()
@@ -168,7 +168,7 @@ def test_the_project_is_that_of_the_option_then_of_the_environment(
         trackers.finish()
         found = MlflowClient().get_run((local / "run" / "mlflow-id").read_text().strip())
         assert MlflowClient().get_experiment(found.info.experiment_id).name == expected
-        assert found.data.tags["variant"] == "b0"
+        assert found.data.tags["model"] == "fat_b0"
         assert found.info.status == "FINISHED"
 
 
@@ -182,5 +182,5 @@ def test_options_are_flat(local: Path) -> None:
     start = Start("tensorboard", local / "run")
     start.finish()
     options = start.trackers._trackers["tensorboard"][0]._run.options
-    assert options["model.variant"] == "b0"
+    assert options["data.size"] == 224
     assert all(isinstance(value, int | float | str) for value in options.values())

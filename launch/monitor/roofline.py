@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-import fat
 from fat.account.roofline import ceiling
 from launch.engine.engine import Engine
 from launch.feed import Feed
 from launch.machine.device_peaks import DevicePeaks, device_peaks
+from launch.models.cost import count
+from launch.models.create import create_model
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class Roofline:
 
     @classmethod
     def of(cls, feed: Feed, engine: Engine) -> Roofline:
-        """Count the operations of the recipe's model and measure this rank's device, in less than a second."""
-        model, size = feed.recipe.model, feed.recipe.data.size
-        with torch.device("meta"):
-            cost = fat.count(fat.create_model(f"fat_{model.variant}", num_classes=feed.classes), size)
+        """Count the operations of the recipe's model and measure this rank's device, in about a second."""
+        spec, size = feed.recipe.model.spec, feed.recipe.data.size
+        # A new model, because that of the engine may be sharded, captured or compiled.
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if spec.is_fat else nullcontext():
+            cost = count(create_model(spec, num_classes=feed.classes), size)
         passed = cost.fused_bytes(engine.input_dtype.itemsize)
         return cls(cost.training_flops, passed, device_peaks(engine.world.device, engine.precision))
 

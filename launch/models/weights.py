@@ -1,0 +1,86 @@
+"""Load weights into any model, with a new classifier if the classes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import fat
+from fat.weights.classifier import choose_rows, difference
+from fat.weights.load import load_tensors, read_weights
+from launch.models.create import create_model
+from launch.models.specification import ModelSpec
+
+
+def load_weights(model: nn.Module, path: Path, *, classes: fat.ClassList) -> tuple[str, ...]:
+    """Load a weights file into a model, strictly except for the classifier; return messages (see `fat.load_weights`).
+
+    The classifier is kept, reordered or initialized anew by the same rules for all models, if its name is known
+    (`classifier_name`). Otherwise the file's tensors must fit as they are.
+
+    Args:
+        classes: classes of the model's outputs.
+
+    Raises:
+        ValueError: the file is not readable, does not fit, or has other classes and the classifier is unknown.
+    """
+    if isinstance(model, fat.FAT):
+        return fat.load_weights(model, path, classes=classes)
+    weights, expected, name = read_weights(path), model.state_dict(), classifier_name(model)
+    found, known = dict(weights.tensors), weights.info.classes
+    if name is None or f"{name}.weight" not in expected:
+        if known is not None and known.digest != classes.digest:
+            raise ValueError(
+                f"{path}: has other classes ({difference(known, classes)}), and the classifier of this model is "
+                "unknown, so it cannot be replaced; give the model a method get_classifier() that returns the module"
+            )
+        load_tensors(path, found, model)
+        return weights.notes
+    head, weight = f"{name}.", found.get(f"{name}.weight")
+    rows = len(weight) if weight is not None and weight.ndim else 0
+    order, note = choose_rows(rows, len(expected[f"{head}weight"]), known, classes)
+    for key in [key for key in {*found, *expected} if key.startswith(head)]:
+        if order is None:
+            found.pop(key, None)
+            found |= {key: expected[key]} if key in expected else {}
+        elif key in found and found[key].shape[:1] == (rows,):
+            found[key] = found[key][order]
+    load_tensors(path, found, model)
+    return (*weights.notes, note)
+
+
+def classifier_name(model: nn.Module) -> str | None:
+    """Return the name of the last layer by timm's conventions: `get_classifier()`, else `default_cfg["classifier"]`."""
+    get = getattr(model, "get_classifier", None)
+    layer = get() if callable(get) else None
+    for name, module in model.named_modules():
+        if name and module is layer:
+            return name
+    config = getattr(model, "default_cfg", None)
+    name = config.get("classifier") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def restore_model(spec: ModelSpec, path: Path, tensors: Mapping[str, Tensor], *, outputs: int) -> nn.Module:
+    """Create a model and load the tensors of a file into it; return it in eval mode.
+
+    Args:
+        spec: model that is safe to create (`launch.models.specification.spec_in_file`).
+        path: the file, for messages.
+        outputs: number of classes that the file names; its classifier may have more outputs.
+
+    Raises:
+        ValueError: the tensors do not fit the model.
+        UserError: the model cannot be created.
+    """
+    if not any(tensor.shape[:1] == (outputs,) for tensor in tensors.values()):
+        # The number is not trusted: it could request far more memory than the file has.
+        outputs = 1
+    model = create_model(spec, num_classes=outputs)
+    weight = tensors.get(f"{classifier_name(model)}.weight")
+    if weight is not None and weight.shape[:1] not in ((), (outputs,)):
+        model = create_model(spec, num_classes=len(weight))
+    load_tensors(path, tensors, model)
+    return model.eval()

@@ -1,0 +1,125 @@
+"""Load the teacher of a distillation, and match its classes and its normalization with those of the student."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import nn
+
+import fat
+from fat.weights.load import read_weights
+from launch.class_mapping import map_classes
+from launch.engine.distillation import Channels, Teacher
+from launch.feed import Feed
+from launch.models.create import trial
+from launch.models.specification import ModelSpec, spec_in_file
+from launch.models.weights import restore_model
+from launch.run.progress import WEIGHTS_KINDS
+from launch.run.weights_files import weights_file
+from shards.errors import UserError
+
+
+def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
+    """Load the teacher of `--teacher`, if it is set; return it and messages.
+
+    Raises:
+        UserError: the teacher does not exist, cannot be read, has other classes, or does not support these images.
+    """
+    config, size = feed.recipe.distillation, feed.recipe.data.size
+    if config.teacher is None:
+        return None, []
+    path, given = _source(config.teacher, config.teacher_weights)
+    try:
+        model, info, notes = _load(path, given)
+        _, _, output = trial(model, size)
+    except (UserError, ValueError, OSError) as error:
+        text = str(error)
+        raise UserError(f"--teacher: {text if text.startswith(str(path)) else f'{path}: {text}'}") from error
+    classes, data = feed.class_list, Path(str(feed.dataset.path))
+    outputs, class_notes = map_classes(info.classes, output.shape[1], classes, model=path, data=data)
+    mean, std = feed.augment.mean, feed.augment.std
+    own_mean, own_std = _normalization(model, info) or (mean, std)
+    if info.size is not None and info.size != size:
+        notes.append(f"it was trained with images of {info.size} pixels, and gets images of {size}")
+    name = given or info.model or type(model).__name__
+    accuracy = "" if info.top1 is None else f", top-1 {info.top1:.2%}"
+    teacher = Teacher(
+        model=model,
+        outputs=None if outputs is None else tuple(outputs),
+        scale=_per_channel(lambda c: std[c] / own_std[c]),
+        shift=_per_channel(lambda c: (mean[c] - own_mean[c]) / own_std[c]),
+        digest=_digest(model),
+        description=f"{name} of {path}{accuracy}",
+    )
+    messages = [f"{config.distillation} distillation from {teacher.description}"]
+    return teacher, [*messages, *(f"teacher: {note}" for note in (*notes, *class_notes))]
+
+
+def _source(teacher: str, weights: Path | None) -> tuple[Path, ModelSpec | None]:
+    """Return the weights file of the teacher, and its model if the user named it."""
+    path = Path(teacher)
+    if path.is_file() or path.is_dir():
+        if weights is not None:
+            raise UserError(f"--teacher {teacher}: has weights itself; omit --teacher-weights, or name a model")
+        if path.is_file():
+            return path, None
+        return _best_weights(path), None
+    try:
+        spec = ModelSpec.parse(teacher)
+    except UserError as error:
+        raise UserError(f"--teacher {teacher}: no such file or folder, and {str(error).partition(': ')[2]}") from None
+    if weights is None:
+        raise UserError(f"--teacher {teacher}: an untrained model teaches nothing; set --teacher-weights FILE")
+    return _best_weights(weights) if weights.is_dir() else weights, spec
+
+
+def _best_weights(run: Path) -> Path:
+    """Return the file of a run's weights, or of their EMA, with the higher accuracy; the last if none is evaluated."""
+    best = [path for kind in WEIGHTS_KINDS if (path := weights_file(run, "best", kind)).is_file()]
+    last = [path for kind in WEIGHTS_KINDS if (path := weights_file(run, "last", kind)).is_file()]
+    if not best + last:
+        raise UserError(f"--teacher {run}: has no {weights_file(run, 'best').name}; use a run folder or a weights file")
+    try:
+        return max(best, key=lambda path: fat.read_info(path).top1 or 0.0) if best else last[0]
+    except (ValueError, OSError) as error:
+        raise UserError(f"--teacher: {error}") from error
+
+
+def _load(path: Path, given: ModelSpec | None) -> tuple[nn.Module, fat.WeightsInfo, list[str]]:
+    info = fat.read_info(path)
+    if info.model is not None:
+        given = spec_in_file(info.model, given, request=f"use --teacher {{}} --teacher-weights {path}")
+    if given is None or given.is_fat:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return fat.load_model(path), info, [str(warning.message) for warning in caught]
+    weights = read_weights(path)
+    outputs = info.classes.count if info.classes is not None else 1  # `restore_model` finds the number
+    return restore_model(given, path, weights.tensors, outputs=outputs), info, list(weights.notes)
+
+
+def _normalization(model: nn.Module, info: fat.WeightsInfo) -> tuple[Channels, Channels] | None:
+    """Return mean and standard deviation of the model's images: those in its file, else timm's; None: unknown."""
+    if info.mean is not None and info.std is not None:
+        return info.mean, info.std
+    config = getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and config.get("mean") and config.get("std"):
+        return tuple(config["mean"]), tuple(config["std"])
+    return None
+
+
+def _per_channel(value: Callable[[int], float]) -> Channels:
+    return value(0), value(1), value(2)
+
+
+def _digest(model: nn.Module) -> str:
+    """Return the hash of a model's parameters and buffers, with their names."""
+    found = xxhash.xxh3_64()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
