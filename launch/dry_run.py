@@ -11,7 +11,9 @@ from torch import nn
 
 from launch.config.recipe import Recipe
 from launch.engine.execution import Execution, zero_and_precision
+from launch.engine.fine_tuning import classifier_of
 from launch.engine.memory import check_batches_fit
+from launch.engine.optimizers import OPTIMIZERS, parameter_groups
 from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
@@ -56,9 +58,13 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     total = recipe.optim.epochs * plan.steps_per_epoch
     cost = count(model, recipe.data.size)
     state = 4 * cost.parameters
+    optim = recipe.optim
+    trained = classifier_of(model) if recipe.model.freeze_backbone else model
+    gradients = 4 * sum(parameter.numel() for parameter in trained.parameters())
+    moments = len(OPTIMIZERS[optim.optimizer].moments) * gradients
     shards = world.size if zero else 1
     activations = cost.activation_bytes * shape.micro_rows * (0.5 if precision == "bf16" else 1)
-    average = state if recipe.optim.ema else 0
+    average = gradients if optim.ema else 0
     title = f"dry run of {recipe.model.spec}"
     table = Table("name", "value", show_header=False, title=title, title_justify="left")
     table.add_row(
@@ -78,18 +84,20 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     )
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
     table.add_row("omitted", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
-    rate = lr_schedule(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+    rate = lr_schedule(optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+    table.add_row("schedule", f"{optim.resolved_schedule}, {optim.warmup:g} epochs of warm-up")
     steps = sorted({round(i * (total - 1) / (SAMPLED_RATES - 1)) for i in range(SAMPLED_RATES)})
     table.add_row("learning rate", "\n".join(f"step {step:>9,}  {rate(step):.3e}" for step in steps))
-    table.add_row("parameters", f"{cost.parameters:,}")
+    table.add_row("optimizer", describe_optimizer(recipe, model))
+    table.add_row("parameters", f"{cost.parameters:,}{f', {gradients // 4:,} trained' if gradients < state else ''}")
     table.add_row("multiply-accumulates", f"{cost.macs / 1e9:.3f} G per image of {recipe.data.size} pixels")
     table.add_row(
         "memory per rank, about",
-        f"{(2 * state + 2 * state / shards + average / shards + activations) / MIB:,.0f} MiB: weights and gradients "
-        f"{2 * state / MIB:,.0f}, optimizer state {2 * state / shards / MIB:,.0f}, EMA {average / shards / MIB:,.0f}, "
-        f"activations {activations / MIB:,.0f}",
+        f"{(state + gradients + (moments + average) / shards + activations) / MIB:,.0f} MiB: weights and gradients "
+        f"{(state + gradients) / MIB:,.0f}, optimizer state {moments / shards / MIB:,.0f}, EMA "
+        f"{average / shards / MIB:,.0f}, activations {activations / MIB:,.0f}",
     )
-    table.add_row("checkpoint", f"{(3 * state + average) / MIB:,.0f} MiB")
+    table.add_row("checkpoint", f"{(state + moments + average) / MIB:,.0f} MiB")
     speed = _last_throughput(feed)
     table.add_row(
         "time",
@@ -101,6 +109,17 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     text = io.StringIO()
     Console(width=110, file=text).print(table)
     return text.getvalue().rstrip()
+
+
+def describe_optimizer(recipe: Recipe, model: nn.Module) -> str:
+    """Return the optimizer, the loss and the factors of the layers' learning rates in one line."""
+    optim = recipe.optim
+    loss = optim.loss if optim.bce_target_threshold is None else f"{optim.loss} above {optim.bce_target_threshold:g}"
+    parts = [optim.optimizer, f"weight decay {optim.weight_decay:g}", f"loss {loss}"]
+    scales = {group["lr_scale"] for group in parameter_groups(model, optim)}
+    if len(scales) > 1:
+        parts.append(f"{len(scales)} learning rates, {min(scales):.3g} to {max(scales):.3g} times the schedule's")
+    return ", ".join(parts)
 
 
 def _last_throughput(feed: Feed) -> float | None:

@@ -65,6 +65,7 @@ class Feed:
             raise RecipeError(
                 f"--classes {recipe.model.classes}: the data set has {classes} classes; use at least {classes}"
             )
+        recipe.optim.rates(plan.global_batch)  # raises an error for contradictory rates
         for split in dataset.manifest.splits:
             dataset.check_sizes(split)  # the loaders check this too, but only after files were written
         return cls(recipe, world, dataset, augment, shape, plan)
@@ -95,11 +96,12 @@ class Feed:
                 "learning rates and warm-up were chosen; see docs/training.md for large batches"
             )
         optim = self.recipe.optim
-        if optim.warmup > 2 * optim.max_warmup:
+        if optim.resolved_schedule == "cosine-from-start" and optim.warmup > 2 * optim.max_warmup:
             remaining = 0.5 * (1 + math.cos(math.pi * optim.warmup / optim.epochs))
             lines.append(
                 f"warning: --warmup-epochs {optim.warmup:g} of --epochs {optim.epochs}: the cosine spans all epochs, "
-                f"so the learning rate drops to {remaining:.0%} of --lr after warm-up; use at most {optim.max_warmup:g}"
+                f"so the learning rate drops to {remaining:.0%} of --lr after warm-up; use at most "
+                f"{optim.max_warmup:g}, or --schedule cosine"
             )
         manifest = self.dataset.manifest
         lines += [f"warning: {self.dataset.path}: {warning}" for warning in manifest.made.get("warnings", [])]

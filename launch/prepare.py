@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
-from launch.engine.build import build_model, load_initial_weights
+from launch.engine.build import build_model
 from launch.engine.distillation import Teacher
 from launch.engine.execution import Execution
+from launch.engine.fine_tuning import classifier_of, grad_checkpointing_switch
+from launch.engine.initial_weights import load_initial_weights
 from launch.engine.memory import check_batches_fit
+from launch.engine.optimizers import parameter_groups
 from launch.engine.sync_batchnorm import check_batch_norms, check_values_per_channel
 from launch.feed import Feed
 from launch.machine.provenance import device_name
@@ -71,9 +75,26 @@ def prepare_run(
     check_values_per_channel(recipe, feed.shape.micro_rows, world)
     execution = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
+    check_fine_tuning(model, recipe)
     check_batch_norms(model, recipe.parallel.sync_bn, world)
     loaded = load_initial_weights(model, recipe, feed.class_list)
     messages += [] if resumes else loaded
     teacher, teacher_messages = load_teacher(feed)
     messages += teacher_messages
     return PreparedRun(feed, model, execution, teacher, resumes, previous_decoder_load, tuple(messages))
+
+
+def check_fine_tuning(model: nn.Module, recipe: Recipe) -> None:
+    """Check that the model has what the options of fine-tuning need.
+
+    Raises:
+        RecipeError: the model's layers or its classifier are unknown, it has no activation checkpointing, or options
+            contradict each other.
+    """
+    if recipe.model.freeze_backbone and recipe.optim.layer_decay < 1:
+        raise RecipeError("--layer-decay: has no effect with --freeze-backbone; omit one of the options")
+    parameter_groups(model, recipe.optim)
+    if recipe.model.freeze_backbone:
+        classifier_of(model)
+    if recipe.compile.grad_checkpointing:
+        grad_checkpointing_switch(model)

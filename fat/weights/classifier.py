@@ -13,6 +13,7 @@ from fat.weights.entries import NAME_SHOWN, listed
 from fat.weights.safe_pickle import printable
 
 HEAD = "head."
+_NEW = "classifier: newly initialised"
 
 
 def match_classifier(
@@ -55,6 +56,11 @@ def match_classifier(
     return body | {f"{HEAD}{name}": t for name, t in model.head.state_dict().items()}, note
 
 
+def is_new_classifier(note: str) -> bool:
+    """Return whether a message of `load_weights` says that the file's classifier was not loaded."""
+    return note.startswith(_NEW)
+
+
 def difference(before: ClassList, now: ClassList) -> str:
     """Describe in a few words how two class lists differ.
 
@@ -95,7 +101,7 @@ def choose_rows(
     else:
         reason = ""
     if reason:
-        return None, f"classifier: newly initialised, because the weights {reason}"
+        return None, f"{_NEW}, because the weights {reason}"
     if file_classes is None:
         return torch.arange(rows), (
             f"classifier: kept, because it has the same number of outputs ({rows:,}); the weights contain no class "

@@ -53,5 +53,9 @@ class CompileConfig:
     default, reduce-overhead, max-autotune = modes of torch.compile, the last two with CUDA graphs of their own
     (docs/performance.md). torch.compile takes minutes at the start of a run."""
     optimizer_impl: Annotated[OptimizerImpl | None, default("fused")] = None
-    """Implementation of the optimizer: fused = one kernel per group of parameters; foreach = one kernel per operation,
+    """Implementation of adamw and sgd: fused = one kernel per group of parameters; foreach = one kernel per operation,
     and the host waits for the gradient norm at every step."""
+    grad_checkpointing: bool = False
+    """Activation checkpointing: store only the input of each block, and compute its activations again in the backward
+    pass. Uses less memory and about a third more time. Not possible with CUDA graphs, so --compile is off by
+    default."""

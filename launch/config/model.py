@@ -37,6 +37,10 @@ class ModelConfig:
     freeze_bn: bool = False
     """Normalize with BatchNorm's running statistics and do not update them. Use it for fine-tuning with small
     batches."""
+    freeze_backbone: bool = False
+    """Train only the classifier (linear probe). The other layers compute as in evaluation, with BatchNorm's running
+    statistics, and no gradients are computed for them. Use it with --weights. It cannot change when a run is
+    resumed."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -54,3 +58,8 @@ class ModelConfig:
         if self.model is not None:
             return ModelSpec.parse(self.model)
         return DEFAULT if self.variant is None else ModelSpec.of_variant(self.variant)
+
+    @property
+    def frozen_norms(self) -> bool:
+        """Whether BatchNorm uses its running statistics in training."""
+        return self.freeze_bn or self.freeze_backbone

@@ -7,6 +7,7 @@ Each part of the model (stem, four stages, head) has one graph for its forward p
 that DDP and DeepSpeed can reduce the gradients of later parts while the backward graphs of earlier parts run. All
 graphs share one memory pool. This requires that they are replayed in the order of capture, which is that of training;
 `_CapturedPart.backward` raises an error for any other order. Gradients of parameters are allocated outside the pool.
+Parts before the first trained parameter (of a frozen backbone) have no backward graph.
 """
 
 from __future__ import annotations
@@ -91,11 +92,11 @@ class GraphedModel:
             x = images.clone()
             for part in self._parts:
                 captured.append(_CapturedPart(part, x, autocast, self._recorder))
-                x = captured[-1].output.detach().requires_grad_()
+                x = captured[-1].output.detach().requires_grad_(captured[-1].trains)
             grad_output: Tensor | None = torch.empty_like(captured[-1].output)
             for captured_part in reversed(captured):
-                assert grad_output is not None
-                grad_output = captured_part.record_backward(grad_output, self._recorder)
+                if grad_output is not None and captured_part.trains:
+                    grad_output = captured_part.record_backward(grad_output, self._recorder)
         self._captured = captured
 
     def discard(self) -> None:
@@ -119,7 +120,7 @@ class GraphedModel:
             )
         x, keep = images, self.keeps_gradients
         for part in self._captured:
-            differentiated_by = [self._anchor] if keep else part.parameters
+            differentiated_by = [self._anchor] if keep and part.trains else part.parameters
             x = _Replay.apply(part, keep, x, *differentiated_by)
         return x
 
@@ -171,6 +172,8 @@ class _CapturedPart:
         self.input, self.parameters = x, list(part.trained().values())
         self._addresses = self._present_addresses()
         self._leaves = part.leaves()
+        self.trains = x.requires_grad or bool(self._leaves)
+        """Whether the part has a backward pass: it, or a part before it, has trained parameters."""
         self._passes = 0
         self._kept: Tensor | None = None  # the last output with its autograd graph, until the backward pass frees it
 

@@ -23,7 +23,8 @@ from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.distillation import Distiller, Teacher
 from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
-from launch.engine.loss import SampleResults, autocast, evaluate_batches, soft_cross_entropy
+from launch.engine.fine_tuning import backbone_modules, freeze_backbone, grad_checkpointing_switch
+from launch.engine.loss import SampleResults, autocast, evaluate_batches, training_loss
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, convert_sync_batchnorm
 from launch.engine.zero_state import OptimizerState
@@ -75,6 +76,10 @@ class Engine:
         self.zero, self.precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
+        if recipe.model.freeze_backbone:
+            freeze_backbone(model)
+        if recipe.compile.grad_checkpointing:
+            grad_checkpointing_switch(model)(True)
         self.teacher = teacher
         distillation = recipe.distillation
         self._distiller = Distiller(teacher, distillation, world.device, self.precision) if teacher else None
@@ -89,8 +94,8 @@ class Engine:
         self._graphs = GraphedModel(model, recorder, keeps_gradients=keeps) if recorder else None
         optim = recipe.optim
         spec = OPTIMIZERS[optim.optimizer]
-        groups = parameter_groups(model, optim.weight_decay)
-        optimizer = spec.build(groups, optim.betas, optim.eps, self.execution.optimizer_impl)
+        groups = parameter_groups(model, optim)
+        optimizer = spec.build(groups, optim, self.execution.optimizer_impl)
         self._wrapped, self._optimizer = wrap(
             model,
             optimizer,
@@ -102,14 +107,15 @@ class Engine:
             clip_grad=optim.clip_grad,
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
+        # Modules in eval mode during training.
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
+        if recipe.model.freeze_backbone:
+            self._frozen = list(backbone_modules(self.model))
         # Without this, the first `_set_training_mode` would return early and not set the mode of frozen layers.
         self._wrapped.eval()
         self._staging: dict[str, Tensor] = {}
-        self._state = OptimizerState(
-            self.zero, self.model, self._optimizer, world, moments=spec.moments, decay=optim.ema
-        )
-        self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
+        self._state = OptimizerState(self.zero, self.model, self._optimizer, world, spec=spec, decay=optim.ema)
+        self._update = None if self.zero else Updater(self._optimizer, self._state.parameters, spec)
         # DeepSpeed's clipping would make the host wait for the device (see `wrap`).
         self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"
         self.notes: list[str] = []
@@ -130,12 +136,12 @@ class Engine:
         Args:
             batches: `accumulation` micro-batches.
             step: global step number. With seed and rank, it seeds drop path.
-            lr: learning rate of this step.
+            lr: learning rate of this step, before the factors of `parameter_groups`.
         """
         # A replay of a CUDA graph reads the generator's seed and offset, so that it draws new random numbers too.
         seed_generators(self.world.device, seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._set_training_mode()
         with fat.kernels.use(self.execution.kernels):
             result = self._plain_step(batches, self._update) if self._update else self._deepspeed_step(batches)
@@ -181,15 +187,15 @@ class Engine:
         return StepResult(total, norm)
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing)
+        loss = training_loss(logits, batch, self._recipe.optim)
         return self._distiller(loss, logits, batch.images) if self._distiller else loss
 
     def _set_training_mode(self) -> None:
         if self.model.training:  # do not set the mode again: it takes 1 to 2 ms of host time
             return
         self._wrapped.train()
-        for norm in self._frozen:
-            norm.eval()
+        for module in self._frozen:
+            module.eval()
 
     @torch.no_grad()
     def evaluate(
@@ -302,7 +308,7 @@ class Engine:
         ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
         over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
         over = over if norms else "none in this model"
-        execution, device = self.execution, self.world.device.type
+        execution, device, optim = self.execution, self.world.device.type, self._recipe.optim
         detail = f": forward and backward of {self._graphs.parts} parts" if self._graphs else ""
         detail = f" ({execution.eager_reason})" if execution.eager_reason else detail
         return {
@@ -310,7 +316,8 @@ class Engine:
             "compile": execution.compile + detail,
             "channels-last": "activations" if execution.memory_format == "contiguous" else "weights and activations",
             "kernels": "PyTorch" if execution.kernels == "off" or not fat.kernels.supported(device) else "Triton",
-            "optimiser": f"{execution.optimizer_impl} {self._recipe.optim.optimizer}",
+            "optimiser": f"{execution.optimizer_impl} {optim.optimizer}",
+            "schedule": f"{optim.resolved_schedule}, {optim.warmup:g} epochs of warm-up",
             "BatchNorm": "frozen" if self._frozen else over,
         }
 

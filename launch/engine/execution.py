@@ -20,6 +20,7 @@ from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
+from launch.engine.optimizers import OPTIMIZERS
 from launch.engine.sync_batchnorm import syncs_over_ranks
 from launch.machine.world import World
 from shards.errors import UserError, first_line
@@ -91,6 +92,20 @@ class Execution:
             raise RecipeError(
                 f"--compile {mode}: torch.compile does not support ZeRO 3; use --zero 0, 1 or 2, or --compile off"
             )
+        if recipe.compile.grad_checkpointing and mode in COMPILER_GRAPHS:
+            raise RecipeError(
+                f"--compile {mode}: its CUDA graphs contradict --grad-checkpointing; use --compile default or off"
+            )
+        optimizer = recipe.optim.optimizer
+        if zero and not OPTIMIZERS[optimizer].partitions:
+            raise RecipeError(
+                f"--optimizer {optimizer}: needs the norms of whole weight tensors, which ZeRO (stage {zero}) "
+                "partitions; use --zero 0, or another optimizer"
+            )
+        if optimizer == "lamb" and options.optimizer_impl == "foreach":
+            raise RecipeError("--optimizer-impl foreach: LAMB has only the fused implementation; omit the option")
+        if zero == 3 and recipe.model.freeze_backbone:
+            raise RecipeError("--freeze-backbone: does not support ZeRO 3; use --zero 0, 1 or 2")
         if mode in COMPILER_GRAPHS and accumulation > 1 and device.type == "cuda":
             raise RecipeError(
                 f"--compile {mode}: its CUDA graphs would overwrite the gradients that {accumulation} micro-batches "
@@ -147,7 +162,9 @@ def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
         return f"requires a CUDA device, but this one is {device.type}"
     if zero == 3:
         return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
-    synchronized = syncs_over_ranks(recipe.parallel.sync_bn, ranks, device) and not recipe.model.freeze_bn
+    if recipe.compile.grad_checkpointing:
+        return "--grad-checkpointing runs blocks again in the backward pass, in hooks which a CUDA graph does not call"
+    synchronized = syncs_over_ranks(recipe.parallel.sync_bn, ranks, device) and not recipe.model.frozen_norms
     # `pipeline tune --ranks N` simulates several ranks in one process, without a process group.
     if synchronized and dist.is_initialized() and dist.get_backend() != "nccl":
         return f"synchronized BatchNorm uses {dist.get_backend()}, but only collectives of NCCL can be captured"

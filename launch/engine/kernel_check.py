@@ -68,7 +68,7 @@ def check_training_kernels(recipe: Recipe, feed: Feed, model: nn.Module) -> Kern
     """Run `check_kernels` for a training run. Collective."""
     _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    frozen, sides = recipe.model.freeze_bn, (3, recipe.data.size, recipe.data.size)
+    frozen, sides = recipe.model.frozen_norms, (3, recipe.data.size, recipe.data.size)
     return check_kernels(
         model,
         feed.world,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launch.config.optim import OptimConfig
 from launch.machine.world import World
 from pipeline.augment.pixels import mix_targets
 from pipeline.loader import Batch
@@ -20,6 +21,37 @@ from pipeline.plan import NO_SAMPLE
 
 MAX_TOP5 = 5
 """Number of classes up to which top-5 accuracy is always 100 %."""
+
+
+def training_loss(logits: Tensor, batch: Batch, optim: OptimConfig) -> Tensor:
+    """Return the loss of the recipe (`OptimConfig.loss`) as a float32 scalar.
+
+    Args:
+        logits: [B, classes], any float dtype.
+    """
+    if optim.loss == "bce":
+        return soft_binary_cross_entropy(logits, batch, optim.label_smoothing, optim.bce_target_threshold)
+    return soft_cross_entropy(logits, batch, optim.label_smoothing)
+
+
+def soft_binary_cross_entropy(logits: Tensor, batch: Batch, smoothing: float, threshold: float | None) -> Tensor:
+    """Return the binary cross-entropy, averaged over rows and classes, as a float32 scalar.
+
+    Equals timm's `BinaryCrossEntropy` (ResNet strikes back, arXiv 2110.00476).
+
+    Args:
+        logits: [B, classes], any float dtype.
+        threshold: targets above it become 1, others 0. None: targets are not rounded.
+    """
+    classes = logits.shape[1]
+    if batch.lam is None:
+        targets = torch.full(logits.shape, smoothing / classes, device=logits.device)
+        targets.scatter_(1, batch.labels[:, None], 1 - smoothing + smoothing / classes)
+    else:
+        targets = mix_targets(batch.labels, batch.lam, classes, smoothing)
+    if threshold is not None:
+        targets = targets.gt(threshold).to(targets.dtype)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
 def soft_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:

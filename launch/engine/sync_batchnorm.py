@@ -84,7 +84,7 @@ def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
         RecipeError: a forward pass has one image, whose pooled feature maps have one pixel.
     """
     smallest = MIN_SIZE_OF_ONE_IMAGE
-    alone = rows == 1 and recipe.data.size < smallest and not recipe.model.freeze_bn
+    alone = rows == 1 and recipe.data.size < smallest and not recipe.model.frozen_norms
     if alone and not syncs_over_ranks(recipe.parallel.sync_bn, world.size, world.device):
         raise RecipeError(
             f"--size {recipe.data.size}: one image per forward pass gives BatchNorm one value per channel, which has "

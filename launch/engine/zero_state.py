@@ -7,14 +7,15 @@ saved and loaded in canonical form: full float32 tensors by parameter name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.engine.optimizers import clip_by_norm, create_state, skip_if_not_finite
+from launch.config.errors import RecipeError
+from launch.engine.optimizers import OptimizerSpec, clip_by_norm, create_state, skip_if_not_finite
 from launch.machine.world import World
 
 AVERAGE = "ema"
@@ -27,17 +28,21 @@ class OptimizerState:
         zero: ZeRO stage; 0 = DDP.
         model: the unwrapped module, after wrapping.
         optimizer: PyTorch's optimizer without ZeRO, else DeepSpeed's wrapper around it.
-        moments: names of the optimizer's state tensors.
+        spec: the optimizer's entry in `OPTIMIZERS`.
         decay: maximum decay of the EMA (`average_decay`); 0 = no EMA.
     """
 
     def __init__(
-        self, zero: int, model: nn.Module, optimizer: Any, world: World, *, moments: Sequence[str], decay: float
+        self, zero: int, model: nn.Module, optimizer: Any, world: World, *, spec: OptimizerSpec, decay: float
     ) -> None:
         self._zero, self._model, self._world, self._decay = zero, model, world, decay
-        self._outer, self._moments = optimizer, moments
+        self._outer, self._spec, self._moments = optimizer, spec, spec.moments
         self._inner = optimizer.optimizer if zero else optimizer
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # Parameters that are not trained have no moments and no EMA.
+        self._constants: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        if zero == 3 and self._constants:
+            raise RecipeError(f"--zero 3: {next(iter(self._constants))} is not trained; use --zero 0, 1 or 2")
         # BatchNorm's running means and variances.
         self._buffers = saved_buffers(model)
         self._statistics = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
@@ -111,14 +116,14 @@ class OptimizerState:
         return self._ema_buffers
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return `model/NAME` (parameters and buffers), `exp_avg/NAME`, `exp_avg_sq/NAME` and, with an EMA, `ema/NAME`.
+        """Return `model/NAME` (parameters, buffers), `MOMENT/NAME` such as `exp_avg/NAME`, and with an EMA `ema/NAME`.
 
         Tensors may share memory with the model: copy them before the next step.
         """
         state = {f"model/{name}": value for name, value in self._gathered().items()}
         for moment in self._moments:
             state |= {f"{moment}/{name}": value for name, value in self._gathered(moment).items()}
-        state |= {f"model/{name}": buffer for name, buffer in self._buffers.items()}
+        state |= {f"model/{name}": tensor.detach() for name, tensor in (self._constants | self._buffers).items()}
         if self._decay:
             self._swap_average()
             average = self._gathered() | self._statistics
@@ -145,21 +150,23 @@ class OptimizerState:
             for name, buffer in zip(self._statistics, self._ema_buffers, strict=True):
                 buffer.copy_(average[name])
         weights = weights_of(state)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(weights[name])
+        for name, tensor in (self._constants | self._buffers).items():
+            tensor.copy_(weights[name])
         self._write_module({name: weights[name] for name in self._names})
         self._write_owners(weights)
         for moment in self._moments:
             self._write_owners({name: state[f"{moment}/{name}"] for name in self._names}, moment)
-        for owner in self._owners():
-            self._inner.state[owner]["step"].fill_(steps)
+        if self._spec.counts_steps:
+            for owner in self._owners():
+                self._inner.state[owner]["step"].fill_(steps)
 
     def _describe_mismatch(self, state: dict[str, Tensor]) -> str:
         """Return how a state differs from the one that this model saves, or an empty string."""
         shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
         parameters = {name: (shape, torch.float32) for name, shape in shapes.items()}
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in self._buffers.items()}
-        kinds = {"model": parameters | buffers} | dict.fromkeys(self._moments, parameters)
+        constants = {name: (tensor.shape, tensor.dtype) for name, tensor in self._constants.items()}
+        kinds = {"model": parameters | constants | buffers} | dict.fromkeys(self._moments, parameters)
         if any(key.startswith(f"{AVERAGE}/") for key in state):
             kinds[AVERAGE] = parameters | {name: buffers[name] for name in self._statistics}
         expected = {f"{kind}/{name}": entry for kind, entries in kinds.items() for name, entry in entries.items()}
@@ -185,7 +192,7 @@ class OptimizerState:
         return list(self._outer.single_partition_of_fp32_groups)
 
     def _create_moments(self) -> None:
-        create_state(self._inner, self._owners(), self._moments)
+        create_state(self._inner, self._owners(), self._spec)
         if self._zero in (1, 2):
             from deepspeed.utils import lazy_init_hp_params_optimizer_state
 

@@ -29,6 +29,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             "shuffle_block_size": plan.shuffle_block_size,
             "seed": plan.seed,
             "epochs": optim.epochs,
+            "optimizer": optim.optimizer,
+            "freeze_backbone": recipe.model.freeze_backbone,
             "train_samples": plan.samples,
             "train_index": feed.dataset.split("train").index_hash,
             "val_index": validation.index_hash if validation else None,
@@ -38,7 +40,10 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
         free={
             **{
                 name: getattr(optim, name)
-                for name in ("optimizer", "lr", "weight_decay", "clip_grad", "label_smoothing", "ema")
+                for name in (
+                    *("lr", "min_lr", "layer_decay", "head_lr_scale", "weight_decay", "momentum", "nesterov"),
+                    *("clip_grad", "loss", "bce_target_threshold", "label_smoothing", "ema"),
+                )
             },
             **{
                 name: getattr(recipe.distillation, name)
@@ -46,6 +51,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             },
             "crop_pct": recipe.data.crop_pct,
             "warmup_epochs": optim.warmup,
+            "schedule": optim.resolved_schedule,
+            "decay_fraction": optim.decay_fraction,
         },
     )
 

@@ -136,6 +136,35 @@ def test_accumulated_micro_batches_give_the_same_update_as_the_global_batch(
         assert distance(reference, result, kind) < TOLERANCE, kind
 
 
+@pytest.mark.parametrize(("zero", "ranks"), slow((0, 2), (1, 2), (2, 1), (3, 2)))
+def test_sgd_gives_the_same_weights_with_every_zero_stage_and_can_resume(
+    run: Run, tmp_path: Path, zero: int, ranks: int
+) -> None:
+    options = ("--optimizer", "sgd", "--nesterov", "--ema", "0.9")
+    reference, half = run("--steps", 8, *options), tmp_path / "half.pt"
+    whole = run("--steps", 8, *options, zero=zero, ranks=ranks)
+    run("--steps", 4, *options, zero=zero, ranks=ranks, out=half)
+    resumed = run("--steps", 8, "--state", half, "--at", 4, *options, zero=zero, ranks=ranks)
+    for result in (whole, resumed):
+        for kind in ("model", "momentum_buffer", "ema"):
+            assert distance(reference, result, kind) < TOLERANCE, kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 2)])
+def test_linear_probe_changes_only_the_classifier(run: Run, zero: int, ranks: int) -> None:
+    probe = ("--freeze-backbone", "--statistics", "--ema", "0.9")
+    start, reference = run("--steps", 0, *probe)["state"], run("--steps", 4, *probe)["state"]
+    found = run("--steps", 4, *probe, zero=zero, ranks=ranks)["state"]
+    assert found.keys() == start.keys()
+    for name, value in start.items():
+        if name.startswith("model/") and not name.startswith("model/head."):
+            assert torch.equal(found[name], value), name
+        else:  # the classifier, its moments and its EMA
+            assert not torch.equal(found[name], value), name
+            torch.testing.assert_close(found[name], reference[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("zero", "ranks", "how"),
     [(0, 1, ()), (0, 1, FOREACH), (1, 2, ()), *slow((0, 2, ()), (2, 2, ()), (3, 2, ()), (1, 2, FOREACH))],

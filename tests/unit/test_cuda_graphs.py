@@ -93,6 +93,8 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ("--ema", "0.9", "--clip-grad", "0.1"),
         ("--freeze-bn", "--memory-format", "contiguous"),
         ("--precision", "bf16"),
+        ("--optimizer", "sgd", "--nesterov", "--layer-decay", "0.7"),
+        ("--optimizer", "lamb", "--loss", "bce"),
     ],
 )
 def test_replayed_training_equals_eager_training(
@@ -188,6 +190,19 @@ def test_frozen_statistics_do_not_change_in_replays(recorders: list[ReplayOnCpu]
     train(engine)
     for name, value in engine.model.named_buffers():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_frozen_backbone_is_replayed_without_backward_graphs(recorders: list[ReplayOnCpu], accumulation: int) -> None:
+    run = partial(train, accumulation=accumulation)
+    eager = run(engine_of("--freeze-backbone", "--compile", "off", accumulation=accumulation))
+    engine = engine_of("--freeze-backbone", accumulation=accumulation)
+    assert_equal(run(engine), eager)
+    (recorder,) = recorders
+    assert (recorder.recorded, recorder.replayed) == (
+        7,
+        7 * 4 * accumulation,
+    )  # 6 forward passes, that of the head back
 
 
 def test_drop_path_differs_between_replays(recorders: list[ReplayOnCpu]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from launch.engine.optimizers import OPTIMIZERS
 from launch.engine.zero_state import OptimizerState, average_decay
 from launch.machine.world import World
 
@@ -18,7 +19,7 @@ def made(decay: float, *, seed: int = 0) -> tuple[nn.Sequential, OptimizerState]
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return model, OptimizerState(0, model, optimizer, ALONE, moments=("exp_avg", "exp_avg_sq"), decay=decay)
+    return model, OptimizerState(0, model, optimizer, ALONE, spec=OPTIMIZERS["adamw"], decay=decay)
 
 
 def test_ema_is_the_exponential_average_of_weights_and_statistics() -> None:
@@ -92,3 +93,22 @@ def test_ema_of_a_short_run_contains_little_of_the_initial_weights() -> None:
     for name, value in start.items():
         left = (optimizer_state.state_dict()[f"ema/{name}"] - 2) / (value - 2)
         assert left.abs().max() < 0.001
+
+
+def test_parameters_that_are_not_trained_are_saved_and_loaded_without_moments() -> None:
+    def frozen(seed: int) -> tuple[nn.Sequential, OptimizerState]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), fused=True)
+        return model, OptimizerState(0, model, optimizer, ALONE, spec=OPTIMIZERS["adamw"], decay=0.9)
+
+    (source, saving), (target, loading) = frozen(1), frozen(2)
+    state = saving.state_dict()
+    assert {key for key in state if key.endswith("/0.weight")} == {"model/0.weight"}
+    assert {key for key in state if key.endswith("/2.weight")} == {
+        f"{kind}/2.weight" for kind in ("model", "exp_avg", "exp_avg_sq", "ema")
+    }
+    loading.load_state_dict(state, steps=1)
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name

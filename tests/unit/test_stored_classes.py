@@ -17,7 +17,8 @@ import fat
 from launch.class_mapping import map_classes
 from launch.config.model import ModelConfig
 from launch.config.recipe import Recipe
-from launch.engine.build import build_model, load_initial_weights
+from launch.engine.build import build_model
+from launch.engine.initial_weights import load_initial_weights
 from launch.evaluate import main as evaluate
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.progress import Progress
