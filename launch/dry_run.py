@@ -84,6 +84,9 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     )
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
     table.add_row("omitted", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
+    if plan.balance is not None:
+        low, high = plan.balance.draws_per_sample
+        table.add_row("class balance", f"{low:.3g} to {high:.3g} draws per image and epoch; more in small classes")
     rate = lr_schedule(optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     table.add_row("schedule", f"{optim.resolved_schedule}, {optim.warmup:g} epochs of warm-up")
     steps = sorted({round(i * (total - 1) / (SAMPLED_RATES - 1)) for i in range(SAMPLED_RATES)})

@@ -72,6 +72,8 @@ class Evaluate:
     set_digest: Annotated[str | None, default("not checked")] = None
     """Expected digest of the set's dataset.json, as xxh3=HEX or sha256=HEX ('pipeline info' prints it). The evaluation
     does not start if the digest differs. Appending #xxh3=HEX to --data has the same effect."""
+    classes_subset: Annotated[str | None, default("as in the run's training, else all classes")] = None
+    """Evaluate only images of these classes, as in training: names separated by commas, @FILE, or the first N."""
     split: str = "val"
     """Split to evaluate."""
     cache: Annotated[Path | None, default("$FAT_CACHE, else the temporary folder")] = None
@@ -197,8 +199,13 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
 def _data(command: Evaluate) -> DataConfig:
     """Return the data options of the command; the data set is by default that of the run's training."""
     trained = training_data(command.model) if command.data is None else None
-    data, digest = (command.data, None) if trained is None else (trained.data, trained.set_digest)
-    return DataConfig(data=data, set_digest=command.set_digest or digest, cache=command.cache)
+    trained = trained or DataConfig(data=command.data)
+    return DataConfig(
+        data=trained.data,
+        set_digest=command.set_digest or trained.set_digest,
+        classes_subset=command.classes_subset or trained.classes_subset,
+        cache=command.cache,
+    )
 
 
 def _check_outputs(command: Evaluate) -> None:

@@ -47,7 +47,7 @@ class Feed:
         """
         data = recipe.data
         augment = data.augmentation()
-        dataset = data.open(local_ranks=world.local_size)
+        dataset = data.open(local_ranks=world.local_size, seed=recipe.run.seed)
         layout: dict[str, Any] = {"world": world.size, "micro_batch": data.micro_batch, "pairs": augment.mixes}
         # This check comes first, because the global batch that its error message suggests also passes the later checks.
         check_enough_samples(dataset.split("train").samples, data.global_batch, lanes=data.lanes, **layout)
@@ -59,6 +59,8 @@ class Feed:
             lanes=data.lanes,
             shuffle_block_size=data.shuffle_block_size,
             pairs=augment.mixes,
+            class_balance=data.class_balance,
+            labels=dataset.index("train")["label"] if data.class_balance else None,
         )
         classes = len(dataset.manifest.classes)
         if recipe.model.classes is not None and recipe.model.classes < classes:
@@ -82,8 +84,9 @@ class Feed:
         return fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
 
     def advice(self) -> list[str]:
-        """Return warnings about inefficient or untested sizes, an unshuffled set, and notes of the set's conversion."""
-        lines = []
+        """Return facts about the selected samples, warnings about inefficient or untested sizes, an unshuffled set, and
+        notes of the set's conversion."""
+        lines = self._sampling()
         rows, minimum = self.shape.micro_rows, MIN_ROWS_PER_GPU
         if self.world.device.type == "cuda" and rows < minimum:
             lines.append(
@@ -117,6 +120,25 @@ class Feed:
                 f"samples have the same class (about 1 in a shuffled set), and training only mixes {self.plan.lanes} "
                 f"lanes and shuffles blocks of {self.plan.shuffle_block_size}; if this number is large, convert the "
                 "source again"
+            )
+        return lines
+
+    def _sampling(self) -> list[str]:
+        """Return which part of the set is used, and how often images are drawn with class balance."""
+        lines, dataset = [], self.dataset
+        if dataset.restricted:
+            complete = dataset.complete_manifest
+            removed = sorted(complete.splits.keys() - dataset.manifest.splits)
+            without = f"; without images of these classes: split {', '.join(removed)}" if removed else ""
+            lines.append(
+                f"selected {len(dataset.manifest.classes):,} of {len(complete.classes):,} classes and "
+                f"{self.plan.samples:,} of {complete.splits['train'].samples:,} training images{without}"
+            )
+        if self.plan.balance is not None:
+            low, high = self.plan.balance.draws_per_sample
+            lines.append(
+                f"class balance {self.recipe.data.class_balance:g}: an epoch has {self.plan.samples:,} draws; an image "
+                f"is drawn {low:.3g} times per epoch in the largest class, {high:.3g} times in the smallest"
             )
         return lines
 

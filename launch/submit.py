@@ -76,7 +76,7 @@ def _data_warnings(recipe: Recipe) -> Iterator[str]:
         location = recipe.data.location()
         if not isinstance(location, Path):
             return
-        images = ShardSet(location).split("train").samples
+        images = recipe.data.select_from(ShardSet(location), seed=recipe.run.seed).split("train").samples
     except UserError as error:
         yield f"the job fails unless its nodes have another file system: {error}"
         return

@@ -24,6 +24,7 @@ from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
+from shards.format.manifest_fields import MAX_SAMPLES
 
 # Crop size / resized size in evaluation (timm's `crop_pct`): 224 pixels are cropped from 256.
 CROP_PCT = 0.875
@@ -45,6 +46,8 @@ class BatchRequest:
     """Position in the plan, see `Batch.position`."""
     micro: int = 0
     """Number of the micro-batch within the rank's step, from 0."""
+    repeats: Ids | None = None
+    """int64 [n]: which draw of its sample in the epoch a row is (`TrainPlan.ids_and_repeats`); None: the first."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class TrainJobs(Jobs):
         for step in range(first, self.epochs * self.plan.steps_per_epoch):
             position = self.plan.at(step)
             for micro in range(self.shape.accumulation):
-                yield BatchRequest(self.plan.ids(position, self.shape.rows(micro)), position, micro)
+                ids, repeats = self.plan.ids_and_repeats(position, self.shape.rows(micro))
+                yield BatchRequest(ids, position, micro, repeats)
 
     def shard_requests(self) -> Iterator[ShardRequest]:
         shape = self.shape
@@ -107,11 +111,13 @@ class TrainJobs(Jobs):
         return self.plan.steps_before(position)
 
     def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
+        # A sample that is drawn several times in an epoch gets another augmentation each time.
+        repeats = 0 if request.repeats is None else request.repeats * MAX_SAMPLES
         params = draw(
             self.augment,
             seed=self.plan.seed,
             epoch=request.position.epoch,
-            ids=encoded.ids,
+            ids=encoded.ids + repeats,
             heights=encoded.rows["height"],
             widths=encoded.rows["width"],
         )

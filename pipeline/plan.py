@@ -9,8 +9,12 @@ per global batch, is computed in three steps, each from hashed keys (`pipeline.r
    batch mixes samples from the whole set while each lane reads its shards nearly in order.
 3. Within a lane, samples are permuted inside shuffle blocks of `shuffle_block_size` samples.
 
+With class balance (`pipeline.sampling.class_balance`), the stream consists of the draws of the epoch instead of the
+samples: N draws, in which a sample may occur several times or not at all. The three steps are the same.
+
 The rows of a global batch are lane-major. Rank r of R ranks owns the rows [r G/R, (r+1) G/R), so the global batch does
-not depend on R. Computing the ids at any position costs O(lanes of the rank x shuffle block size), never O(samples).
+not depend on R. Computing the ids at any position costs O(lanes of the rank x shuffle block size), never O(samples)
+(with class balance, O(samples) once per epoch).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from numpy.typing import NDArray
 
 from pipeline.batch_shape import PlanError, check_enough_samples, divisors, nearest
 from pipeline.rng import Stream, bits
+from pipeline.sampling.class_balance import ClassBalance
 
 Ids = NDArray[np.int64]
 
@@ -66,12 +71,13 @@ def default_lanes(global_batch: int) -> int:
 
 @dataclass(frozen=True)
 class _EpochOrder:
-    """The permuted and rotated sample stream of one epoch. All arrays are int64 [shards]."""
+    """The permuted and rotated stream of the draws of one epoch. Arrays of shards are int64 [shards with draws]."""
 
     shards: Ids  # shard numbers, permuted
-    stream_start: Ids  # position of each permuted shard's first sample in the stream before rotation
-    first_id: Ids  # id of the first sample of each permuted shard
-    offset: int  # number of samples by which the stream is rotated
+    stream_start: Ids  # position of each permuted shard's first draw in the stream before rotation
+    first_draw: Ids  # number of the first draw of each permuted shard
+    offset: int  # number of draws by which the stream is rotated
+    drawn: NDArray[np.uint32] | None  # id of each draw, ascending; None: draw i is sample i
 
 
 class TrainPlan:
@@ -86,12 +92,16 @@ class TrainPlan:
         lanes: number of lanes; must divide `global_batch`. None: `default_lanes(global_batch)`.
         shuffle_block_size: samples per shuffle block. Larger blocks shuffle better, but read the shards less in order.
         pairs: whether rows are mixed in pairs (mixup or CutMix), which requires an even number of rows per lane.
+        class_balance: 0: each sample once per epoch. Above 0, up to 1: exponent of `ClassBalance`; 1 draws all classes
+            equally often. The number of steps per epoch does not change.
+        labels: class number of each sample, integers [samples]; required with `class_balance`.
 
     Attributes:
-        samples: number of samples of the set.
-        steps_per_epoch: global batches per epoch; the `samples % global_batch` remaining samples are omitted.
+        samples: number of samples of the set, and of the draws of an epoch.
+        steps_per_epoch: global batches per epoch; the `samples % global_batch` remaining draws are omitted.
         lane_rows: rows of each lane in a global batch.
-        lane_samples: samples of each lane in an epoch.
+        lane_samples: draws of each lane in an epoch.
+        balance: the draws of each epoch with class balance; None without.
 
     Raises:
         PlanError: the set has fewer samples than one global batch, or the sizes do not divide each other.
@@ -114,6 +124,8 @@ class TrainPlan:
         lanes: int | None = None,
         shuffle_block_size: int = DEFAULT_SHUFFLE_BLOCK_SIZE,
         pairs: bool = False,
+        class_balance: float = 0.0,
+        labels: NDArray[np.integer] | None = None,
     ) -> None:
         counts = np.asarray(shard_samples, dtype=np.int64)
         self.samples = int(counts.sum())
@@ -139,6 +151,14 @@ class TrainPlan:
         self.lane_samples = self.steps_per_epoch * self.lane_rows
         self._counts = counts
         self._first_id = np.cumsum(counts) - counts
+        self.balance: ClassBalance | None = None
+        if class_balance:
+            if labels is None or len(labels) != self.samples or not 0 < class_balance <= 1:
+                raise PlanError(
+                    f"class balance {class_balance:g}: expected a number from 0 to 1, and the label of each of the "
+                    f"{self.samples} samples"
+                )
+            self.balance = ClassBalance(labels, class_balance, seed=seed)
         self._orders: OrderedDict[int, _EpochOrder] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int, int], Ids] = OrderedDict()
 
@@ -155,6 +175,26 @@ class TrainPlan:
         Raises:
             IndexError: the position or the rows are out of range.
         """
+        return self.ids_and_repeats(position, rows)[0]
+
+    def ids_and_repeats(self, position: Position, rows: range | None = None) -> tuple[Ids, Ids]:
+        """Return the sample ids of the global batch at `position`, and which draw of its sample in the epoch a row is.
+
+        Args and errors are those of `ids`.
+
+        Returns:
+            ids, repeats: int64 [len(rows)] each. Without class balance, `repeats` is 0; with it, the draws of a sample
+            are numbered from 0, in no particular order, so (id, repeat) occurs at most once in an epoch.
+        """
+        numbers = self._draw_numbers(position, rows)
+        if self.balance is None:
+            return numbers, np.zeros_like(numbers)
+        drawn = self._order(position.epoch).drawn
+        assert drawn is not None
+        ids = drawn[numbers]
+        return ids.astype(np.int64), numbers - np.searchsorted(drawn, ids)
+
+    def _draw_numbers(self, position: Position, rows: range | None) -> Ids:
         if not (position.epoch >= 0 and 0 <= position.step < self.steps_per_epoch):
             raise IndexError(f"{position} is out of range for a plan of {self.steps_per_epoch} steps per epoch")
         rows = range(self.global_batch) if rows is None else rows
@@ -164,7 +204,7 @@ class TrainPlan:
         for lane in self._lanes(rows):
             start, stop = max(rows.start, lane * self.lane_rows), min(rows.stop, (lane + 1) * self.lane_rows)
             shift = (position.step - lane) * self.lane_rows  # position in the lane minus row number in the batch
-            parts.append(self._lane_ids(position.epoch, lane, start + shift, stop + shift))
+            parts.append(self._lane_draws(position.epoch, lane, start + shift, stop + shift))
         return np.concatenate(parts)
 
     def lane_of(self, rows: range) -> Ids:
@@ -214,8 +254,8 @@ class TrainPlan:
         """Return the lanes that these rows of a global batch belong to."""
         return range(rows.start // self.lane_rows, (rows.stop - 1) // self.lane_rows + 1)
 
-    def _lane_ids(self, epoch: int, lane: int, start: int, stop: int) -> Ids:
-        """Return the ids at positions [start, stop) of a lane."""
+    def _lane_draws(self, epoch: int, lane: int, start: int, stop: int) -> Ids:
+        """Return the numbers of the draws at positions [start, stop) of a lane."""
         size = self.shuffle_block_size
         blocks = range(start // size, (stop - 1) // size + 1)
         return np.concatenate(
@@ -226,7 +266,7 @@ class TrainPlan:
         )
 
     def _block(self, epoch: int, lane: int, number: int) -> Ids:
-        """Return the permuted ids of one shuffle block of a lane. The most recent blocks are cached."""
+        """Return the permuted draw numbers of one shuffle block of a lane. The most recent blocks are cached."""
         key = (epoch, lane, number)
         found = self._blocks.get(key)
         if found is not None:
@@ -246,14 +286,22 @@ class TrainPlan:
         found = self._orders.get(epoch)
         if found is not None:
             return found
-        shards = np.arange(len(self._counts))
+        counts, first_draw, drawn = self._counts, self._first_id, None
+        if self.balance is not None:
+            drawn = self.balance.draws(epoch)
+            # In the dtype of `drawn`, because `searchsorted` would otherwise convert all of `drawn`.
+            first_draw = np.searchsorted(drawn, self._first_id.astype(drawn.dtype))
+            counts = np.diff(first_draw, append=self.samples)
+        shards = np.arange(len(counts))
         permutation = np.argsort(bits(Stream.SHARD_ORDER, self.seed, epoch, shards), kind="stable")
-        counts = self._counts[permutation]
+        permutation = permutation[counts[permutation] > 0]
+        counts = counts[permutation]
         order = _EpochOrder(
             shards=permutation,
             stream_start=np.cumsum(counts) - counts,
-            first_id=self._first_id[permutation],
+            first_draw=first_draw[permutation],
             offset=int(bits(Stream.ROTATION, self.seed, epoch)) % self.samples,
+            drawn=drawn,
         )
         self._orders[epoch] = order
         if len(self._orders) > 2:  # keep the orders of the current and the prefetched epoch
@@ -261,10 +309,10 @@ class TrainPlan:
         return order
 
     def _resolve(self, order: _EpochOrder, stream: Ids) -> Ids:
-        """Return the sample ids at these positions of the rotated stream."""
+        """Return the numbers of the draws at these positions of the rotated stream."""
         unrotated = (stream + order.offset) % self.samples
         shard = np.searchsorted(order.stream_start, unrotated, side="right") - 1
-        return order.first_id[shard] + unrotated - order.stream_start[shard]
+        return order.first_draw[shard] + unrotated - order.stream_start[shard]
 
 
 class EvalPlan:

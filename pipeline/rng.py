@@ -41,6 +41,9 @@ class Stream(IntEnum):
     REPLACEMENT = 11
     SHUFFLE = 12
     INIT = 13
+    CLASS_QUOTA = 14
+    CLASS_ORDER = 15
+    FRACTION = 16
 
 
 def mix64(x: U64) -> U64:

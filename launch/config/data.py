@@ -13,6 +13,7 @@ from launch.config.errors import RecipeError
 from pipeline.augment.recipe import Alpha, AugmentRecipe, CropArea, augment_recipe
 from pipeline.loader import CROP_PCT, LoaderOptions
 from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE
+from pipeline.sampling.selection import parse_classes, select
 from pipeline.storage.remote.shard_set import open_set
 from pipeline.storage.remote.url import check_url, is_remote
 from shards.format.dataset import ShardSet
@@ -23,6 +24,9 @@ from shards.ranges import Batch, CropPct, Fraction, check_ranges
 DEFAULT_DATA = Path("imagenet-shards")
 # FAT downsamples images by a factor of 32.
 ModelSide = Annotated[int, Interval(ge=32, le=8192)]
+ChannelMean = Annotated[float, Interval(ge=0, le=1)]
+# A tiny standard deviation would make the normalized values, and their float32 rounding errors, huge.
+ChannelStd = Annotated[float, Interval(ge=1e-3, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,18 @@ class DataConfig:
     are evicted, and downloaded again when they are needed."""
     cache_shared: bool = False
     """Use one cache for all users in the group of the cache folder, instead of one cache per user."""
+    classes_subset: Annotated[str | None, default("all classes")] = None
+    """Train and evaluate on some of the classes, for quick trials: their folder names or names, separated by commas;
+    @FILE with one name per line; or a number N, the first N classes of the set. Labels are renumbered in the order of
+    the set. It cannot change when a run is resumed."""
+    fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Train on this fraction of the images of each class, for quick trials; at least one image per class. --seed
+    chooses them, the same ones in every epoch. The validation split stays complete, so accuracies can be compared with
+    those of other runs. It cannot change when a run is resumed."""
+    class_balance: Fraction = 0.0
+    """0 = train on each image once per epoch. 1 = draw all classes equally often. Between: draw a class of n images in
+    proportion to n^(1 - B), so 0.5 is square-root sampling (arXiv 1910.09217). An epoch has as many images as without
+    it; images of small classes are repeated, with other augmentations. It cannot change when a run is resumed."""
     size: ModelSide = 224
     """Height and width of the model's input images in pixels, in training and evaluation."""
     global_batch: Batch = 1024
@@ -79,6 +95,12 @@ class DataConfig:
     """Mixup alpha: images are mixed with a weight drawn from Beta(alpha, alpha). 0 turns mixup off."""
     cutmix: Annotated[Alpha | None, default("that of --augment")] = None
     """CutMix alpha: the area of the pasted box is drawn from Beta(alpha, alpha). 0 turns CutMix off."""
+    mean: tuple[ChannelMean, ChannelMean, ChannelMean] = AugmentRecipe.mean
+    """Mean of red, green and blue, from 0 to 1, that normalization subtracts, in training and evaluation. The default
+    is that of ImageNet."""
+    std: tuple[ChannelStd, ChannelStd, ChannelStd] = AugmentRecipe.std
+    """Standard deviation of red, green and blue, for values from 0 to 1, by which normalization divides. The default is
+    that of ImageNet."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
 
     def __post_init__(self) -> None:
@@ -101,24 +123,26 @@ class DataConfig:
         overrides = {name: value for name, value in overrides.items() if value is not None}
         if self.rand_augment is not None:
             overrides["rand_augment"] = self.rand_augment or None
-        return augment_recipe(self.augment, size=self.size, **overrides)
+        return augment_recipe(self.augment, size=self.size, mean=self.mean, std=self.std, **overrides)
 
     def with_environment(self, environment: Mapping[str, str]) -> DataConfig:
         """Return these options with `data` and `cache` from FAT_DATA and FAT_CACHE where they are None."""
         data, cache = environment.get("FAT_DATA"), environment.get("FAT_CACHE")
         return replace(self, data=self.data or data or None, cache=self.cache or (Path(cache) if cache else None))
 
-    def open(self, *, local_ranks: int = 1) -> ShardSet:
-        """Open the shard set, which may be on a server.
+    def open(self, *, local_ranks: int = 1, seed: int = 0) -> ShardSet:
+        """Open the shard set, which may be on a server, and select classes and samples of it.
 
         Args:
             local_ranks: number of ranks on this machine; they share the cache of a remote set.
+            seed: seed of the run, which chooses the samples of `fraction`.
 
         Raises:
-            UserError: the set does not exist, does not match `set_digest`, or its cache cannot be used.
+            UserError: the set does not exist, does not match `set_digest`, has not the classes of `classes_subset`, or
+                its cache cannot be used.
         """
         location, pin = self._located()
-        return open_set(
+        dataset = open_set(
             location,
             cache=self.cache,
             cache_gib=self.cache_size,
@@ -126,6 +150,12 @@ class DataConfig:
             digest=str(pin) if pin else None,
             local_ranks=local_ranks,
         )
+        return self.select_from(dataset, seed=seed)
+
+    def select_from(self, dataset: ShardSet, *, seed: int) -> ShardSet:
+        """Reduce a set, in place, to the classes and samples of these options; return it. See `open`."""
+        classes = None if self.classes_subset is None else parse_classes(self.classes_subset)
+        return select(dataset, classes=classes, fraction=self.fraction, seed=seed)
 
     def location(self) -> Path | str:
         """Return the shard set's folder or URL without its digest: `data`, else ./imagenet-shards.

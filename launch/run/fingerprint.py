@@ -34,6 +34,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             "train_samples": plan.samples,
             "train_index": feed.dataset.split("train").index_hash,
             "val_index": validation.index_hash if validation else None,
+            "fraction": recipe.data.fraction,
+            "class_balance": recipe.data.class_balance,
             "augmentation": repr(feed.augment),
             "teacher": teacher,
         },

@@ -98,16 +98,15 @@ def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open
     # The metadata inside the .beton is not used: the index has the same values and is verified by its hash.
     index = dataset.index(split, beton=True)
     storage = Storage(index, LocalFiles([path]), one_file=True, pixels=entry.beton.mode != "jpg")
-    return _in_segments(storage, entry.beton, remote) if remote else storage
+    return _in_segments(storage, split, entry.beton, remote) if remote else storage
 
 
-def _in_segments(storage: Storage, beton: BetonEntry, remote: RemoteSet) -> Storage:
+def _in_segments(storage: Storage, split: str, beton: BetonEntry, remote: RemoteSet) -> Storage:
     """Split a remote .beton into one file per shard, so that each is staged and verified separately."""
-    last_ids = np.searchsorted(storage.index["shard"], np.arange(len(beton.segments)), side="right") - 1
-    last = storage.locate(last_ids)
-    ends = last.offsets + last.sizes
-    first = storage.locate(np.zeros(1, np.int64)).offsets
-    starts = np.concatenate([first, ends[:-1]])
+    index = remote.complete_index(split, beton=True) if remote.restricted else storage.index
+    last = index[np.searchsorted(index["shard"], np.arange(len(beton.segments)), side="right") - 1]
+    ends = last["offset"].astype(np.int64) + last["size"]
+    starts = np.concatenate([index["offset"][:1].astype(np.int64), ends[:-1]])
     files = [
         StagedFile(f"{beton.name}.{shard:06d}", int(end - start), digest, beton.name, int(start))
         for shard, (digest, start, end) in enumerate(zip(beton.segments, starts, ends, strict=True))

@@ -20,4 +20,7 @@ def test_streams_are_never_renumbered() -> None:
         "REPLACEMENT": 11,
         "SHUFFLE": 12,
         "INIT": 13,
+        "CLASS_QUOTA": 14,
+        "CLASS_ORDER": 15,
+        "FRACTION": 16,
     }

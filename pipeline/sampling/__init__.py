@@ -1,0 +1,1 @@
+"""Selection of classes and samples, and class-balanced sampling."""
