@@ -73,7 +73,7 @@ def ours(dataset: ShardSet, device: torch.device, loader: LoaderName, recipe: st
     shape = BatchShape(global_batch=BATCH, pairs=augment.mixes)
     options = LoaderOptions(loader=loader)
     with TrainLoader(dataset, plan, shape, augment, epochs=MANY_EPOCHS, device=device, options=options) as batches:
-        for batch in batches:
+        for batch in batches.stream():
             yield len(batch.images)
 
 

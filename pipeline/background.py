@@ -19,6 +19,7 @@ from pipeline.decode.hardware import describe_jpeg_decoder, resolve_hw_decoder_l
 from pipeline.decode.job import Normalisation
 from pipeline.feed_process.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
+from pipeline.loaders.process import resolve_device
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher
 from pipeline.stage_trace import StageTrace
@@ -44,19 +45,19 @@ class BackgroundLoader(ABC):
         dataset: ShardSet,
         split: str,
         *,
-        device: torch.device,
+        device: torch.device | str | None,
         dtype: torch.dtype,
         options: LoaderOptions,
         seed: int,
         rank: int,
         world: int,
     ) -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device requires an index
+        device = resolve_device(device)
         self._loader = resolve_loader(options, dataset.split(split))
         options = resolve_hw_decoder_load(options, device) if self._loader == "dali" else options
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
         self._settings = options.settings
+        self.rank, self.world = rank, world
         self.stage_trace = StageTrace()
         """Records the loader's stages and queues between its `start` and `stop`."""
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
@@ -67,6 +68,21 @@ class BackgroundLoader(ABC):
             with open_reader(dataset, split, options, beton=self._loader == "ffcv") as reader:
                 skips = options.skip_budget > 0
                 quick_check(dataset, split, reader, rank=rank, world=world, allow_one_bad_sample=skips)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the delivered tensors; a CUDA device has an index."""
+        return self._device
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the set."""
+        return len(self._dataset.manifest.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Folder name of each class of the set, in the order of the class numbers."""
+        return [entry.folder for entry in self._dataset.manifest.classes]
 
     @property
     def bad_samples(self) -> int:
@@ -98,6 +114,15 @@ class BackgroundLoader(ABC):
                 if tensor is not None:
                     tensor.record_stream(consumer)
         return batch
+
+    def stream(self) -> Iterator[Batch]:
+        """Yield the batches from the loader's position to its end; a training continues across epochs."""
+        while True:
+            try:
+                batch = next(self)
+            except StopIteration:
+                return
+            yield batch
 
     def close(self) -> None:
         """Stop the background threads and release memory and file descriptors. Idempotent."""

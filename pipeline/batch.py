@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
+from pipeline.augment.torch_impl.mix import mix_targets
 from pipeline.plan import Ids, Position
+
+IGNORED_LABEL = -100
+"""Target of rows that do not count: the default `ignore_index` of `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Options of the targets of a training."""
+
+    num_classes: int
+    """Number of classes of mixed or smoothed targets."""
+    label_smoothing: float = 0.0
+    """Fraction of each target, 0 to 1, that is distributed evenly over all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +49,26 @@ class Batch:
     """In training, the global batch that this micro-batch belongs to; in evaluation, (0, step)."""
     micro: int = 0
     """Number of this micro-batch within the rank's step, from 0."""
+    target_options: TargetOptions | None = None
+    """Options of `targets`. None in evaluation: no row is mixed, and labels are not smoothed."""
     ready: torch.cuda.Event | None = field(default=None, compare=False)
     """CUDA event with timing, recorded when the batch is complete on the device; None on a CPU. The loader has already
     made the consumer's current stream wait for it."""
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Targets for which `F.cross_entropy(model(batch.images), batch.targets)` is the loss of the batch.
+
+        With mixup, CutMix or label smoothing: float32 [B, classes], probabilities. Otherwise int64 [B], class numbers,
+        and `IGNORED_LABEL`, which `F.cross_entropy` ignores, in rows whose mask is False. Computed at the first access,
+        on the current stream, without waiting for the device.
+        """
+        options = self.target_options
+        if self.lam is None and (options is None or not options.label_smoothing):
+            return torch.where(self.mask, self.labels, IGNORED_LABEL)
+        if options is None:
+            raise ValueError("the targets of mixed rows need target_options, for the number of classes")
+        return mix_targets(self.labels, self.lam, options.num_classes, options.label_smoothing)
 
 
 def timed_event(device: torch.device) -> torch.cuda.Event | None:

@@ -18,13 +18,15 @@ from torch import Tensor
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader
-from pipeline.batch import Batch, timed_event
+from pipeline.batch import Batch, TargetOptions, timed_event
 from pipeline.batch_shape import BatchShape
 from pipeline.decode.job import Normalisation
 from pipeline.jobs import CROP_PCT, EvalJobs, PreparedBatch, TrainJobs, eval_geometry
+from pipeline.loaders.epochs import EpochLoader
 from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
+from shards.errors import UserError
 from shards.format.dataset import ShardSet
 
 DecodedBatch = tuple[Tensor, PreparedBatch]
@@ -33,8 +35,10 @@ DecodedBatch = tuple[Tensor, PreparedBatch]
 __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader", "eval_geometry"]
 
 
-class TrainLoader(BackgroundLoader):
-    """Iterator over the micro-batches of one rank, from `start` to the end of the last epoch.
+class TrainLoader(EpochLoader):
+    """The micro-batches of one rank. A `for` loop delivers one epoch, and the next loop the following epoch.
+
+    `pipeline.train_loader` creates a loader with fewer arguments. `next(loader)` and `stream` continue across epochs.
 
     The samples, crops and augmentations are functions of the plan and the recipe. They do not depend on the world size,
     the micro-batch size or `options`. Samples are read, decoded and augmented ahead of time, in background threads
@@ -46,33 +50,33 @@ class TrainLoader(BackgroundLoader):
         plan: the order of the samples.
         shape: the rows of each global batch that this rank delivers, and its micro-batch size.
         augment: the augmentation recipe; `augment.size` is the side of the images in pixels.
-        epochs: number of epochs of the training, counted from its start (not from `start`).
-        device: device of the delivered tensors. With a CUDA device, DALI decodes on the GPU.
+        epochs: number of epochs of the training, counted from its start (not from `start`). None: unlimited.
+        device: device of the delivered tensors: cpu, cuda or cuda:N. With a CUDA device, DALI decodes on the GPU. None:
+            the GPU of this process if there is one, else the CPU.
         dtype: floating-point dtype of the images.
         start: first position to deliver. None: the start of training.
         split: split of the set.
         options: performance options and the handling of bad samples. None: the defaults of `LoaderOptions`.
         kernels: augment with this project's Triton kernels where they are available, else with PyTorch.
+        label_smoothing: label smoothing of `Batch.targets`, 0 to 1.
+        num_classes: number of classes of `Batch.targets` if they are mixed or smoothed. None: that of the set.
 
     Raises:
+        UserError: there is no such device, or `label_smoothing` or `num_classes` is out of range.
         ShardSetError: from `next`: a sample is damaged, and `options.bad_samples` allows no replacement.
         DecodeError: from `next`: a batch could not be decoded.
         UserError: the decoder that `options.loader` names is not installed, or the set cannot be read.
 
     Example:
-        >>> import torch
-        >>> from pipeline.augment.recipe import augment_recipe
-        >>> from pipeline.batch_shape import BatchShape
-        >>> from pipeline.loader import TrainLoader
-        >>> from pipeline.plan import TrainPlan
-        >>> from pipeline.storage.remote.shard_set import open_set
+        >>> from pipeline import BatchShape, TrainLoader, TrainPlan, augment_recipe, open_set
         >>> dataset = open_set("/data/imagenet-shards")
         >>> recipe = augment_recipe("fat", size=224)
         >>> plan = TrainPlan(dataset.shard_samples("train"), global_batch=1024, seed=0, pairs=recipe.mixes)
         >>> shape = BatchShape(global_batch=1024, world=8, rank=0, micro_batch=64, pairs=recipe.mixes)
-        >>> with TrainLoader(dataset, plan, shape, recipe, epochs=300, device=torch.device("cuda")) as loader:
-        ...     for batch in loader:
-        ...         batch.images.shape, batch.labels.shape  # [64, 3, 224, 224], [64]
+        >>> with TrainLoader(dataset, plan, shape, recipe, epochs=300, device="cuda") as loader:
+        ...     for epoch in range(300):
+        ...         for batch in loader:
+        ...             batch.images.shape, batch.targets.shape  # [64, 3, 224, 224], [64, 1000]
     """
 
     def __init__(
@@ -82,53 +86,39 @@ class TrainLoader(BackgroundLoader):
         shape: BatchShape,
         augment: AugmentRecipe,
         *,
-        epochs: int,
-        device: torch.device,
+        epochs: int | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         start: Position | None = None,
         split: str = "train",
         options: LoaderOptions | None = None,
         kernels: bool = True,
+        label_smoothing: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
+        classes = len(dataset.manifest.classes)
+        if num_classes is not None and num_classes < classes:
+            raise UserError(f"num_classes {num_classes}: the data set has {classes} classes; use at least {classes}")
+        if not 0 <= label_smoothing <= 1:
+            raise UserError(f"label_smoothing {label_smoothing}: expected a number from 0 to 1")
         super().__init__(
             dataset,
             split,
+            plan,
+            shape,
+            epochs=epochs,
+            start=Position(0, 0) if start is None else start,
             device=device,
             dtype=dtype,
             options=options or LoaderOptions(),
-            seed=plan.seed,
-            rank=shape.rank,
-            world=shape.world,
         )
-        self._kernels = kernels
-        self._plan, self._shape, self._augment, self._epochs = plan, shape, augment, epochs
-        self._next = Position(0, 0) if start is None else start
+        self._kernels, self._augment = kernels, augment
+        self._targets = TargetOptions(num_classes=num_classes or classes, label_smoothing=label_smoothing)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __len__(self) -> int:
-        """Return the number of micro-batches of a complete epoch."""
-        return self._plan.steps_per_epoch * self._shape.accumulation
-
-    def __next__(self) -> Batch:
-        batch = super().__next__()
-        if batch.micro == self._shape.accumulation - 1:
-            self._next = self._plan.after(batch.position)
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position after the last step of which every micro-batch was delivered.
-
-        Returns:
-            `{"epoch": int, "step": int}`, the same on every rank and for every world size.
-        """
-        return {"epoch": self._next.epoch, "step": self._next.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from the position of a `state_dict`. Prefetched batches are discarded."""
-        self.close()
-        self._next = Position(state["epoch"], state["step"])
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the targets: `num_classes` if it was given, else that of the set."""
+        return self._targets.num_classes
 
     def _jobs(self) -> TrainJobs:
         return TrainJobs(
@@ -145,6 +135,7 @@ class TrainLoader(BackgroundLoader):
                 device=self._device,
                 dtype=self._dtype,
                 mixed=mixed,
+                target_options=self._targets,
             )
             return
         size, rows = self._augment.size, self._shape.micro_rows
@@ -187,6 +178,7 @@ class TrainLoader(BackgroundLoader):
             planned=request.ids,
             mask=torch.ones(len(request.ids), dtype=torch.bool, device=self._device),
             lam=None if mixing is None else self._to_device(mixing.lam),
+            target_options=self._targets,
             position=request.position,
             micro=request.micro,
             ready=timed_event(self._device),
@@ -205,7 +197,8 @@ class EvalLoader(BackgroundLoader):
         plan: the samples of this rank.
         size: side of the images in pixels.
         mean, std: normalisation of the red, green and blue channels, for values in 0 to 1.
-        device: device of the delivered tensors. With a CUDA device, DALI decodes on the GPU.
+        device: device of the delivered tensors: cpu, cuda or cuda:N. With a CUDA device, DALI decodes on the GPU. None:
+            the GPU of this process if there is one, else the CPU.
         dtype: floating-point dtype of the images.
         split: split of the set.
         crop_pct: the crop's side as a fraction of the resized short side (timm's `crop_pct`), above 0, at most 1.
@@ -225,7 +218,7 @@ class EvalLoader(BackgroundLoader):
         size: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
-        device: torch.device,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         split: str = "val",
         crop_pct: float = CROP_PCT,
@@ -261,11 +254,23 @@ class EvalLoader(BackgroundLoader):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many samples of the split were delivered, over all ranks: `{"samples": ...}`."""
-        return {"samples": self._plan.samples_done(self._delivered)}
+        """Return how many samples of the split were delivered over all ranks, and how many it has.
+
+        Returns:
+            `{"samples": int, "of": int}`.
+        """
+        return {"samples": self._plan.samples_done(self._delivered), "of": self._plan.samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume an interrupted evaluation, at any world size. Prefetched batches are discarded."""
+        """Resume an interrupted evaluation, at any world size. Prefetched batches are discarded.
+
+        Raises:
+            UserError: the state is that of a split with another number of samples, or of another loader.
+        """
+        if state.keys() != {"samples", "of"} or state["of"] != self._plan.samples:
+            raise UserError(
+                f"the state {state} is not one of an evaluation of this split, which has {self._plan.samples} samples"
+            )
         self.close()
         self._start_at(state["samples"])
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from pipeline.batch import Batch, timed_event
+from pipeline.batch import Batch, TargetOptions, timed_event
 from pipeline.jobs import BatchRequest
 from pipeline.plan import NO_SAMPLE
 
@@ -19,6 +19,7 @@ def synthetic_batches(
     device: torch.device,
     dtype: torch.dtype,
     mixed: bool = False,
+    target_options: TargetOptions | None = None,
 ) -> Iterator[Batch]:
     """Yield batches with the ids and positions of the plan but the same random images, which stay on the device.
 
@@ -29,6 +30,7 @@ def synthetic_batches(
         device: device of the tensors.
         dtype: floating-point dtype of the images.
         mixed: set `lam` to 0.5 in every row, as if each pair of rows was mixed.
+        target_options: options of the batches' targets.
     """
     by_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator(device).manual_seed(0)
@@ -48,5 +50,6 @@ def synthetic_batches(
             lam=torch.full((n,), 0.5, device=device) if mixed else None,
             position=request.position,
             micro=request.micro,
+            target_options=target_options,
             ready=timed_event(device),
         )

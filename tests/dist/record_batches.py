@@ -51,7 +51,7 @@ def record(feed: Feed, out: Path, kind: str, start: int, stop: int, *, pace: flo
             loader = feed.eval_loader(dtype=torch.float32)
             assert loader is not None
             with loader:
-                loader.load_state_dict({"samples": start})
+                loader.load_state_dict(loader.state_dict() | {"samples": start})
                 for step, batch in enumerate(loader):
                     write({"step": step, "state": loader.state_dict(), **contents([batch])})
         write("done")

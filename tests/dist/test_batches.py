@@ -161,7 +161,7 @@ dataset = ShardSet(Path(sys.argv[1]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=64, seed=0)
 recipe = augment_recipe("fat", size=224, mixup=0, cutmix=0)
 with TrainLoader(dataset, plan, BatchShape(global_batch=64), recipe, epochs=9999, device=torch.device("cpu")) as loader:
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(loader.stream()):
         if number == 2:
             print("running", flush=True)
 """

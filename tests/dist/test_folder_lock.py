@@ -25,9 +25,7 @@ def test_a_training_keeps_its_run_folder_until_it_is_killed(train: Trainer, tmp_
         assert second.returncode == 2
         *_, error = second.stderr.strip().splitlines()
         host = os.uname().nodename
-        assert error.startswith(
-            f"error: run folder {run} is in use by process {first} on {host}; wait for it"
-        )
+        assert error.startswith(f"error: run folder {run} is in use by process {first} on {host}; wait for it")
         assert error.endswith(f"(lock: {run}/.lock), or use another run folder (--out)")
         assert "waiting for it for up to 1 s" in second.stderr
         found = status(run)

@@ -77,7 +77,7 @@ dataset = open_set(sys.argv[1], cache=Path(sys.argv[2]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=96, seed=0)
 recipe, shape, device = augment_recipe("light", size=32), BatchShape(global_batch=96), torch.device("cpu")
 with TrainLoader(dataset, plan, shape, recipe, epochs=99999, device=device) as loader:
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(loader.stream()):
         if number == 0:
             print("first", flush=True)
         if len(list(dataset.path.glob("train-*.tar"))) == int(sys.argv[4]):

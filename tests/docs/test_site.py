@@ -52,4 +52,4 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     assert "WARNING" not in done.stderr
     api = (tmp_path / "site" / "api.html").read_text()
     assert "fat.create_model" in api
-    assert "pipeline.loader.TrainLoader" in api
+    assert "pipeline.TrainLoader.set_epoch" in api, "also inherited methods"

@@ -54,7 +54,7 @@ def evaluation(dataset: ShardSet) -> EvalLoader:
 
 def batches_of(loader: TrainLoader | EvalLoader) -> list[Batch]:
     with loader:
-        return list(loader)
+        return list(loader.stream())
 
 
 def same(found: list[Batch], expected: list[Batch]) -> bool:

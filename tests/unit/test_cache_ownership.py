@@ -378,9 +378,7 @@ def test_a_folder_that_was_removed_is_created_again(tmp_path: Path, when: str) -
     assert names_in(cache) == ["c.tar", "d.tar"]
 
 
-def test_the_record_is_unchanged_when_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_record_is_unchanged_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path, 250)
     fetch(cache, "a.tar")
     content = (cache.folder / RECORD).read_bytes()

@@ -105,7 +105,7 @@ def test_samples_are_read_from_the_server_while_a_suspended_process_downloads_th
             wait_until(lambda: f"process {pid}" in caplog.text)
             wait_until_staged(tmp_path / "cache", len(others))
             time.sleep(0.5)
-            found += list(loader)
+            found += list(loader.stream())
         assert same(found, batches_of(train(ShardSet(photos))))
         assert caplog.text.count("are read individually from the server") == 1
         assert not cached(tmp_path / "cache", victim.name)
@@ -129,7 +129,7 @@ def test_samples_are_read_from_the_server_while_a_suspended_process_holds_the_lo
         with loader:
             found = [next(loader)]
             wait_until(lambda: "read individually" in caplog.text)
-            found += list(loader)
+            found += list(loader.stream())
         assert same(found, batches_of(train(ShardSet(photos))))
         assert not cached(tmp_path / "cache", "*.tar")
 
@@ -180,7 +180,7 @@ def test_a_shard_is_read_from_the_server_if_a_foreign_file_has_its_name(
     with train(dataset) as loader:
         found = [next(loader)]
         wait_until_staged(tmp_path, len(shards_of(photos)))
-        found += list(loader)
+        found += list(loader.stream())
     assert same(found, batches_of(train(ShardSet(photos))))
     assert victim.read_bytes() == b"mine"
     assert caplog.text.count(f"{victim.name}: was not created by this cache and is not the file of the set (") == 1
@@ -217,6 +217,6 @@ def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(
     with train(again) as loader:
         found = [next(loader)]
         wait_until(lambda: cached(tmp_path, "train-000000.tar") and path.read_bytes() == (photos / name).read_bytes())
-        found += list(loader)
+        found += list(loader.stream())
     assert same(found, batches_of(train(ShardSet(photos))))
     assert f"{name}: damaged in the cache (" in caplog.text

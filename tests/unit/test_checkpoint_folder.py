@@ -165,9 +165,7 @@ def unfinished(name: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def test_files_of_a_killed_save_are_removed_at_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_a_killed_save_are_removed_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
 
     def killed(state: object, path: Path, header: object) -> None:
@@ -214,9 +212,7 @@ def test_failed_removal_does_not_fail_the_start(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == [".step-00000001.0123abcd.tmp"]
 
 
-def test_unreadable_checkpoint_is_kept_and_others_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_checkpoint_is_kept_and_others_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     for step in (1, 2, 3, 4):
         CheckpointFolder(tmp_path, keep=9).save(STATE, Progress(step=step, epoch_step=step), FINGERPRINT)
@@ -246,9 +242,7 @@ def test_safetensors_error_is_reported_unchanged(tmp_path: Path, monkeypatch: py
         save(CheckpointFolder(tmp_path), 1)
 
 
-def test_replaced_checkpoint_is_restored_if_the_new_save_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_checkpoint_is_restored_if_the_new_save_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 1)
     rename = Path.rename

@@ -118,9 +118,7 @@ def train_with(*args: str) -> int:
         ("bench SET -- --hw-decoder-load 2", "--hw-decoder-load 2: expected a number from 0 to 1"),
     ],
 )
-def test_invalid_options_of_pipeline_commands(
-    command: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_of_pipeline_commands(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(command.split()) == 2
     assert error_line(capsys) == f"error: {message}"
 

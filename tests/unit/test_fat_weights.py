@@ -388,9 +388,7 @@ def test_half_precision_is_converted(model: fat.FAT, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
-def test_weights_in_integer_and_float8_dtypes_are_rejected(
-    model: fat.FAT, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_weights_in_integer_and_float8_dtypes_are_rejected(model: fat.FAT, tmp_path: Path, dtype: torch.dtype) -> None:
     path = saved(model, tmp_path / "w.safetensors", lambda t: t.to(dtype))
     with pytest.raises(
         ValueError, match=rf"wrong dtype: stem\.convs\.0\.conv\.weight has {dtype}, expected torch\.float32"

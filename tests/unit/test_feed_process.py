@@ -72,7 +72,7 @@ def contents(batch: Batch) -> list[Any]:
 
 def all_of(loader: TrainLoader | EvalLoader) -> list[list[Any]]:
     with loader:
-        return [contents(batch) for batch in loader]
+        return [contents(batch) for batch in loader.stream()]
 
 
 def job_stream(dataset: ShardSet, **options: Any) -> JobStream:
@@ -118,12 +118,12 @@ def test_a_loader_resumes_from_its_state_with_the_next_batch(photos: Path) -> No
     with train(ShardSet(photos), recipe=FAT) as loader:
         first = [contents(next(loader)) for _ in range(2)]
         state = loader.state_dict()
-        expected = [contents(batch) for batch in loader]
+        expected = [contents(batch) for batch in loader.stream()]
     assert len(first) == state["step"] == 2
     with train(ShardSet(photos), recipe=FAT) as loader:
         next(loader)
         loader.load_state_dict(state)
-        assert [contents(batch) for batch in loader] == expected
+        assert [contents(batch) for batch in loader.stream()] == expected
 
 
 def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path
             found = [contents(next(loader))]
             tars = len(ShardSet(photos).split("train").shards)
             wait_until(lambda: len(list(tmp_path.rglob("*.tar"))) >= tars, "staged shards")
-            found += [contents(batch) for batch in loader]
+            found += [contents(batch) for batch in loader.stream()]
         assert found == expected
         assert site.whole_reads()["train.index.npy"] <= 2, "read to check and to stage the set, but not by the process"
         assert all_of(train(open_set(site.url, cache=tmp_path))) == expected
@@ -163,7 +163,7 @@ def test_the_bad_samples_found_are_remembered_when_the_process_restarts(copied: 
     with train(ShardSet(copied), bad_samples="skip:1") as loader:
         loader._bad.ids.add(3)
         with pytest.raises(ShardSetError, match="2 bad samples, more than --bad-samples skip:1 allows"):
-            list(loader)
+            list(loader.stream())
         assert loader.bad_samples == 2
 
 
@@ -247,7 +247,7 @@ def test_a_killed_process_raises_one_error_immediately(photos: Path) -> None:
         (pid,) = children() - before
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(FeedProcessDied, match=f"process {pid}.*was killed by SIGKILL.*--read-ahead") as caught:
-            list(loader)
+            list(loader.stream())
         assert caught.value.exit_code == 1
         with pytest.raises(FeedProcessDied):
             next(loader)
@@ -342,9 +342,7 @@ def test_interrupt_ends_a_wait(process: FeedProcess) -> None:
         lambda image: np.split(image, [4])[1],
     ],
 )
-def test_memory_is_reused_only_once_it_is_not_referenced(
-    process: FeedProcess, derive: Callable[[Any], Any]
-) -> None:
+def test_memory_is_reused_only_once_it_is_not_referenced(process: FeedProcess, derive: Callable[[Any], Any]) -> None:
     batches = process.batches()
     kept = derive(next(batches).job.encoded.images[0])
     before = np.asarray(kept).tobytes()

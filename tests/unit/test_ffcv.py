@@ -64,7 +64,7 @@ def train(path: Path | str, loader: LoaderName, recipe: AugmentRecipe, **options
 
 def batches_of(loader: TrainLoader | EvalLoader) -> list[Batch]:
     with loader:
-        return list(loader)
+        return list(loader.stream())
 
 
 class Recording:
@@ -235,7 +235,7 @@ def test_a_remote_beton_is_staged_shard_by_shard(sets: dict[str, Path], tmp_path
     with serve(sets[name]) as site, train(site.url, "ffcv", recipe, cache=tmp_path) as loader:
         found = [next(loader)]
         wait_until(lambda: len(list(tmp_path.rglob("train.beton.??????"))) >= shards)
-        found += list(loader)
+        found += list(loader.stream())
     for one, other in zip(found, batches_of(train(sets[name], "ffcv", recipe)), strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert torch.equal(one.images, other.images)

@@ -39,9 +39,7 @@ LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2"}
         ("values that are not numbers", {"SLURM_STEP_NUM_TASKS": "(null)", "PMI_SIZE": ""}, ""),
     ],
 )
-def test_several_processes_without_a_launcher_are_rejected(
-    case: str, environment: dict[str, str], found: str
-) -> None:
+def test_several_processes_without_a_launcher_are_rejected(case: str, environment: dict[str, str], found: str) -> None:
     if not found:
         check_launcher(environment)
         return

@@ -171,9 +171,7 @@ def test_evaluations_with_arguments_out_of_range_are_rejected(arguments: dict[st
         (Position(0, 0), range(4, 4), "rows range(4, 4) are out of range for a global batch of 10"),
     ],
 )
-def test_positions_and_rows_out_of_range_are_rejected(
-    position: Position, rows: range | None, message: str
-) -> None:
+def test_positions_and_rows_out_of_range_are_rejected(position: Position, rows: range | None, message: str) -> None:
     with pytest.raises(IndexError) as error:
         TrainPlan([50], global_batch=10, seed=0).ids(position, rows)
     assert str(error.value) == message

@@ -140,9 +140,7 @@ def test_a_file_is_written_atomically_under_a_random_temporary_name(
     assert not (tmp_path / "of-others").exists()
 
 
-def test_a_compiler_cache_that_others_can_write_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_cache_that_others_can_write_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile executes code from a folder with a predictable name in the temporary folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     execution = Execution(memory_format="contiguous", kernels="off", compile="default", optimizer_impl="foreach")

@@ -69,7 +69,7 @@ def train(path: Path, *, bad_samples: str, world: int = 1, rank: int = 0) -> Tra
 
 def batches_of(loader: TrainLoader) -> list[Batch]:
     with loader:
-        return list(loader)
+        return list(loader.stream())
 
 
 def test_the_bytes_are_those_of_the_tars_in_the_requested_order(photos: Path) -> None:
@@ -104,7 +104,7 @@ def test_damage_is_raised_in_the_consumer_with_the_file_name_and_ends_the_loader
     with pytest.raises(ShardSetError, match=message):  # noqa: PT012 - found at opening or while reading
         loader = train(copied, bad_samples="raise")
         with loader:
-            for _ in loader:
+            for _ in loader.stream():
                 pass
     if damage is flip_a_bit:
         with pytest.raises(ShardSetError, match=message):

@@ -499,9 +499,7 @@ def test_options_of_other_commands_out_of_range(
     command: Index | Verify | SamplePhotos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"^--(max-rejects|workers|count|seed) \S+: expected a (whole )?number from "
-    ):
+    with pytest.raises(UserError, match=r"^--(max-rejects|workers|count|seed) \S+: expected a (whole )?number from "):
         command.run()
     assert not list(tmp_path.iterdir())
 

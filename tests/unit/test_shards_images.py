@@ -234,9 +234,7 @@ def test_newer_formats_need_no_more_memory_than_the_estimate(
     assert int(run_measured(code)) < 1_600_000 * per_pixel + 24 * 2**20, "24 MiB for bands and libraries"
 
 
-def test_index_and_verify_enforce_the_same_limits_as_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_and_verify_enforce_the_same_limits_as_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pipeline index` rejects the bomb; `pipeline verify` reports it in a set that was indexed without limits."""
     tar = tmp_path / "train-0.tar"
     with tarfile.open(tar, "w") as file:

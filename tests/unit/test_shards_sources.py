@@ -297,9 +297,7 @@ def test_a_shard_set_can_be_converted_again(tmp_path: Path) -> None:
 
 def test_a_tar_of_only_images_is_rejected(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(0)})
-    with pytest.raises(
-        UserError, match=r"no samples: found 1 \.jpg, but no labels; expected KEY\.jpg and KEY\.cls"
-    ):
+    with pytest.raises(UserError, match=r"no samples: found 1 \.jpg, but no labels; expected KEY\.jpg and KEY\.cls"):
         scan(tmp_path / "a.tar", ONE, tmp_path / "spool")
 
 

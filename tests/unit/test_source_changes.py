@@ -224,9 +224,7 @@ REMOVED = [
     Case("folder", "all", "it no longer exists", shutil.rmtree),
     Case("folder", "image", r"1 image removed \(such as .*/train/cat/0.jpg\)", lambda s: jpg(s).unlink()),
     Case("folder", "class", r"3 images removed \(such as .*/train/cat/", lambda s: shutil.rmtree(jpg(s).parent)),
-    Case(
-        "folder", "content", r"it can no longer be read .*\(.*no class folders", lambda s: shutil.rmtree(s / "train")
-    ),
+    Case("folder", "content", r"it can no longer be read .*\(.*no class folders", lambda s: shutil.rmtree(s / "train")),
     Case("tars", "tar", r"2 images removed \(such as .*b.tar\[", lambda s: (s / "b.tar").unlink()),
     Case("parquet", "file", r"1 file removed \(such as train-1.parquet", lambda s: (s / "train-1.parquet").unlink()),
 ]

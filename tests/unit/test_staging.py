@@ -57,7 +57,7 @@ def test_the_batches_are_those_of_the_local_set_and_each_shard_is_downloaded_onc
         with loader:
             found = [next(loader)]
             wait_until_staged(tmp_path, 1)
-            found += list(loader)
+            found += list(loader.stream())
         assert same(found, batches_of(train(ShardSet(photos), world=world, rank=rank)))
     assert same(batches_of(evaluation(dataset)), batches_of(evaluation(ShardSet(photos))))
     assert set(site.whole_reads().values()) <= {1, 2}, "the manifest is read once to name the folder and once to stage"
@@ -97,7 +97,7 @@ def test_the_first_batch_does_not_wait_for_shards(site: Site, photos: Path, tmp_
     site.before = lambda name, start, stop: None if stop - start < sizes.get(name, 1 << 62) else void(proceed.wait(20))
     expected = batches_of(train(ShardSet(photos), epochs=1))
     with train(open_set(site.url, cache=tmp_path), epochs=1) as loader:
-        found = list(loader)
+        found = list(loader.stream())
         assert not cached(tmp_path, "*.tar")
         proceed.set()
     assert same(found, expected)
@@ -141,7 +141,7 @@ def test_a_shard_that_was_damaged_in_transfer_is_downloaded_again(site: Site, ph
     with train(open_set(site.url, cache=tmp_path)) as loader:
         found = [next(loader)]
         wait_until_staged(tmp_path, len(shards_of(photos)))
-        found += list(loader)
+        found += list(loader.stream())
     assert same(found, batches_of(train(ShardSet(photos))))
     assert site.whole_reads()[victim] == 3
     assert cached(tmp_path, victim)[0].read_bytes() == (photos / victim).read_bytes()
@@ -175,9 +175,7 @@ def test_an_outdated_shard_is_rejected_before_training(site: Site, photos: Path,
         train(dataset)
 
 
-def test_requests_are_repeated_after_temporary_failures_of_the_server(
-    site: Site, photos: Path, tmp_path: Path
-) -> None:
+def test_requests_are_repeated_after_temporary_failures_of_the_server(site: Site, photos: Path, tmp_path: Path) -> None:
     for name in (*shards_of(photos), "dataset.json", "train.index.npy"):
         site.failures[name] = 3
     assert same(batches_of(train(open_set(site.url, cache=tmp_path))), batches_of(train(ShardSet(photos))))
@@ -254,7 +252,7 @@ def test_the_older_of_two_sets_is_evicted_from_a_cache_that_is_too_small_for_bot
         for site, path in ((one, photos), (other, digits), (one, photos)):
             with train(open_set(site.url, cache=tmp_path, cache_gib=limit / GIB)) as loader:
                 found = [next(loader)]
-                for batch in loader:
+                for batch in loader.stream():
                     found.append(batch)
                     largest = max(largest, size_of(tmp_path))
             assert same(found, batches_of(train(ShardSet(path))))

@@ -299,9 +299,7 @@ def test_weights_without_class_names_are_evaluated_with_a_note_if_the_number_of_
 ) -> None:
     path = constant_weights(tmp_path / "w.safetensors", 3, info=None)
     assert run(evaluate, path, "--data", digits, *QUICK, "--size", "32") == 0
-    assert "w.safetensors has no class names: its 10 outputs are assumed to be the classes" in (
-        capsys.readouterr().err
-    )
+    assert "w.safetensors has no class names: its 10 outputs are assumed to be the classes" in (capsys.readouterr().err)
     fewer = with_classes(digits, tmp_path / "set", lambda entries: entries.append({"folder": "ten", "name": None}))
     assert run(evaluate, path, "--data", fewer, *QUICK, "--size", "32") == 2
     assert "has 10 outputs and no class names" in capsys.readouterr().err

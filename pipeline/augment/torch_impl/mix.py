@@ -46,16 +46,20 @@ def mix(images: Tensor, params: MixParams) -> Tensor:
     return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def mix_targets(labels: Tensor, lam: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Return the soft targets of mixed rows, float32 [B, num_classes]; each row sums to 1.
+def mix_targets(labels: Tensor, lam: Tensor | None, num_classes: int, smoothing: float) -> Tensor:
+    """Return the soft targets of mixed or smoothed rows, float32 [B, num_classes]; each row sums to 1.
 
     Args:
-        labels: int64 [B], B even.
-        lam: float32 [B]: weight of a row's own label; its partner's label has weight 1 - lam.
+        labels: int64 [B].
+        lam: float32 [B], B even: weight of a row's own label; its partner's label has weight 1 - lam. None: no row is
+            mixed.
         num_classes: number of classes.
         smoothing: label smoothing, 0 to 1, distributed evenly over all classes.
     """
-    partner = labels.view(-1, 2).flip(1).reshape(-1)
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
-    targets.scatter_add_(1, labels[:, None], (lam * (1.0 - smoothing))[:, None])
+    own = torch.ones(len(labels), device=labels.device) if lam is None else lam
+    targets.scatter_add_(1, labels[:, None], (own * (1.0 - smoothing))[:, None])
+    if lam is None:
+        return targets
+    partner = labels.view(-1, 2).flip(1).reshape(-1)
     return targets.scatter_add_(1, partner[:, None], ((1.0 - lam) * (1.0 - smoothing))[:, None])

@@ -1,0 +1,1 @@
+"""The public way to create loaders, and how they are iterated by epoch."""
