@@ -21,6 +21,8 @@ from fat.config import FATConfig
 from fat.export import export_onnx, export_program
 from fat.factory import create_model, list_models
 from fat.fusion import fuse
+from fat.inference.load import LoadedModel, class_names, load
+from fat.inference.transform import ImageTransform
 from fat.model import FAT, FATFeatures
 from fat.timm_registry import register_with_timm
 from fat.weights.classes import ClassList
@@ -34,13 +36,17 @@ __all__ = [
     "Cost",
     "FATConfig",
     "FATFeatures",
+    "ImageTransform",
+    "LoadedModel",
     "WeightsInfo",
+    "class_names",
     "count",
     "create_model",
     "export_onnx",
     "export_program",
     "fuse",
     "list_models",
+    "load",
     "load_model",
     "load_weights",
     "read_info",

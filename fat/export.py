@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 from fat.model import MIN_SIZE, FATFeatures, Trunk
 
 EXAMPLE_SIZE = 64  # side of the traced images in pixels; the graph accepts other sizes too
-DYNAMIC_SHAPES = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE + 1), 3: Dim("width", min=MIN_SIZE + 1)}
 
 
-def export_program(model: Trunk) -> ExportedProgram:
+def export_program(model: nn.Module, *, size: int | None = None) -> ExportedProgram:
     """Export the model in eval mode with `torch.export`: images float [B, in_chans, H, W] -> the model's output.
 
     The program accepts any batch size and H, W of 33 or more; at 32, where the last feature map is one pixel, PyTorch
     would need another graph. Attention is exported in the variant that is fast on the model's device.
+
+    Args:
+        model: a FAT, or another model for RGB images.
+        size: H and W that the program accepts. None: any, which other models may not support.
     """
     parameter = next(model.parameters())
-    images = parameter.new_zeros(2, model.config.in_chans, EXAMPLE_SIZE, EXAMPLE_SIZE)
-    return export(copy.deepcopy(model).eval(), (images,), dynamic_shapes=(DYNAMIC_SHAPES,))
+    channels = model.config.in_chans if isinstance(model, Trunk) else 3
+    images = parameter.new_zeros(2, channels, size or EXAMPLE_SIZE, size or EXAMPLE_SIZE)
+    return export(copy.deepcopy(model).eval(), (images,), dynamic_shapes=(_dynamic_shapes(size),))
 
 
-def export_onnx(model: Trunk, path: str | Path, *, verbose: bool = True) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    size: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    verbose: bool = True,
+) -> None:
     """Write the model in eval mode to an ONNX file.
 
     The input is `images`; the output is `logits`, or `map4`, `map8`, `map16` and `map32` of a feature extractor. Batch
@@ -34,6 +48,8 @@ def export_onnx(model: Trunk, path: str | Path, *, verbose: bool = True) -> None
     in fp32, export `fuse(model)`, which has fewer operations.
 
     Args:
+        size: see `export_program`.
+        metadata: entries of the file's `metadata_props`, which onnxruntime returns as `custom_metadata_map`.
         verbose: print what is being done to standard error, because it takes up to a minute.
 
     Raises:
@@ -48,18 +64,24 @@ def export_onnx(model: Trunk, path: str | Path, *, verbose: bool = True) -> None
         raise FileNotFoundError(f"{Path(path).parent}: no such folder; create it first")
     names = [f"map{r}" for r in model.feature_info.reduction()] if isinstance(model, FATFeatures) else ["logits"]
     say("1 of 3, tracing the model")
-    program = export_program(copy.deepcopy(model).cpu())
+    program = export_program(copy.deepcopy(model).cpu(), size=size)
     say("2 of 3, translating the operations (the longest part)")
     translated = torch.onnx.export(
         program,
         (),
         input_names=["images"],
         output_names=names,
-        dynamic_shapes=(DYNAMIC_SHAPES,),  # only names the dimensions in the file; the program is already dynamic
+        dynamic_shapes=(_dynamic_shapes(size),),  # only names the dimensions: the program is already dynamic
         dynamo=True,
         verbose=False,
     )
     say("3 of 3, writing the file")
     assert translated is not None
+    translated.model.metadata_props.update(metadata or {})
     translated.save(path, external_data=False)
     say(f"wrote {path} ({Path(path).stat().st_size / 1e6:,.1f} MB)")
+
+
+def _dynamic_shapes(size: int | None) -> dict[int, Any]:
+    sides = {2: Dim("height", min=MIN_SIZE + 1), 3: Dim("width", min=MIN_SIZE + 1)}
+    return {0: Dim("batch"), **(sides if size is None else {})}

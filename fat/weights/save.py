@@ -31,8 +31,13 @@ def save_weights(
     write_weights(path, state or model.state_dict(), dataclasses.replace(info or WeightsInfo(), config=config))
 
 
-def write_weights(path: str | Path, tensors: Mapping[str, Tensor], info: WeightsInfo) -> None:
-    """Write tensors to a safetensors file, atomically. The file gets the permissions that the umask allows."""
+def write_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], info: WeightsInfo, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, atomically. The file gets the permissions that the umask allows.
+
+    metadata: further entries for the header.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -41,7 +46,7 @@ def write_weights(path: str | Path, tensors: Mapping[str, Tensor], info: Weights
     try:
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
-        save_file(tensors, temporary, {"format": "pt", **info.to_header()})
+        save_file(tensors, temporary, {**(metadata or {}), "format": "pt", **info.to_header()})
         temporary.chmod(mode)  # safetensors creates files with mode 0600 and ignores the umask
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

@@ -90,6 +90,27 @@ def parse(
     return dataclasses.replace(recipe, data=recipe.data.with_environment(os.environ))
 
 
+def parse_for_set(
+    dataset: str, training: Sequence[str], *, own: Collection[str], data: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Return the recipe of the training options after `--` of a command that has the shard set as an argument.
+
+    Args:
+        training: options of launch/train.py.
+        own: options of the command, which are not valid after `--`.
+        data: values of [data] that replace the defaults.
+
+    Raises:
+        UserError: see `parse`; or `training` selects another set with --data.
+    """
+    elsewhere = {"an option of the command, not of training; write it before --": own}
+    arguments = ["--data", dataset, *training]
+    recipe = parse(arguments, defaults={"data": data or {}}, prog="-- [training options]", elsewhere=elsewhere)
+    if recipe.data.data != dataset:
+        raise UserError(f"--data {recipe.data.data}: differs from the set {dataset} of the command; omit --data")
+    return recipe
+
+
 def find_recipe(path: Path) -> Path:
     """Return the file of a recipe: `path` itself, or the shipped recipe of this name.
 

@@ -83,8 +83,9 @@ def check_program(model: fat.FAT) -> None:
 def check_onnx(model: fat.FAT, path: Path) -> None:
     import onnxruntime
 
-    fat.export_onnx(model, path)
+    fat.export_onnx(model, path, metadata={"classes": '["ant", "bee"]'})
     session = onnxruntime.InferenceSession(path)
+    assert session.get_modelmeta().custom_metadata_map["classes"] == '["ant", "bee"]'
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     for batch, size in SHAPES:
         found = session.run(None, {"images": images(batch, size).numpy()})

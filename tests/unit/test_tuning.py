@@ -18,9 +18,8 @@ import torch
 
 import fat
 from launch.bench.one_rank import one_rank
-from launch.cli import _training_recipe
 from launch.cli import main as pipeline
-from launch.config.command_line import parse
+from launch.config.command_line import parse, parse_for_set
 from launch.config.engine import CompileConfig
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
@@ -293,7 +292,7 @@ def test_the_micro_batch_of_a_rank_is_measured(
 def test_the_positional_set_takes_precedence_over_a_recipe_file(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text('[data]\ndata = "other"\nsize = 32\nglobal_batch = 8\n')
-    recipe = _training_recipe("SET", ["--recipe", str(file)], {"global_batch": 4})
+    recipe = parse_for_set("SET", ["--recipe", str(file)], own=(), data={"global_batch": 4})
     assert (recipe.data.data, recipe.data.size, recipe.data.global_batch) == ("SET", 32, 8)
 
 

@@ -1,0 +1,1 @@
+"""Use trained models: classify images, and export models for other programs."""

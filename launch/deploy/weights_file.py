@@ -1,0 +1,68 @@
+"""Find the weights file of a run, and create the model of a weights file."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+import fat
+from launch.run.saved_recipe import restore_class_names
+from launch.run.weights_files import best_weights_file, weights_file
+from shards.errors import UserError, storage_error
+
+
+def find_weights(path: Path, *, ema: bool = False) -> Path:
+    """Return the weights of a run folder with the best accuracy, else its last ones; `path` itself if it is a file.
+
+    Args:
+        ema: only consider the moving average of a run's weights.
+
+    Raises:
+        UserError: `path` does not exist, or is a folder without weights.
+    """
+    try:
+        if path.is_file():
+            if ema:
+                raise UserError(f"{path}: --ema requires a run folder; specify one, or the file of its moving average")
+            return path
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run folder or weights file")
+        if not ema:
+            return best_weights_file(path)
+        best, last = (weights_file(path, which, "average") for which in ("best", "last"))  # type: ignore[arg-type]
+        if best.is_file() or last.is_file():
+            return best if best.is_file() else last
+    except OSError as error:
+        raise storage_error(path, error) from error
+    raise UserError(f"{path}: contains no {last.name}; omit --ema, unless the run was trained with a moving average")
+
+
+def load_weights_file(path: Path) -> tuple[nn.Module, fat.WeightsInfo, tuple[str, ...]]:
+    """Create the model of a weights file, in eval mode.
+
+    Returns:
+        The model, which maps normalised images [B, 3, H, W] to logits; the metadata, with class names from the run
+        folder that contains the file if the file has only their digest; and messages about the file, one line each.
+
+    Raises:
+        UserError: the file is invalid, or its model cannot be created.
+    """
+    try:
+        info = fat.read_info(path)
+        if info.config is None and info.model is not None:
+            raise UserError(f"{path}: holds {info.model}, which cannot be created; expected a FAT")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = fat.load_model(path)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    if info.classes is not None:
+        info = dataclasses.replace(info, classes=restore_class_names(path.parent, info.classes))
+    notes = [str(warning.message) for warning in caught]
+    if info.size is None:
+        notes.append(f"{path}: does not record the image size of its training")
+    return model, info, tuple(notes)
