@@ -131,8 +131,8 @@ def _load_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
     info = found.info()
     if info.config is None or info.size is None or info.crop_pct is None:
         raise UserError(f"{found.path}: does not record the model's dimensions; evaluate a weights file of the run")
-    state = found.load()
-    values = weights_of(state, average=average)
+    # Copies, because the tensors of the state share its memory, which includes that of the optimizer.
+    values = {name: value.clone() for name, value in weights_of(found.load(), average=average).items()}
     if average and not values:
         raise UserError(f"{found.path}: trained without a moving average (--ema); omit --average")
     if "head.bias" not in values:

@@ -24,9 +24,10 @@ import tyro
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
-from launch.run.files import unwritable
+from launch.resilience.foreign_files import check_run_folder
+from launch.run.files import read_regular, unwritable
 from launch.slurm.job import Submit, SubmitError
-from launch.slurm.script import render
+from launch.slurm.script import RENDERED, render
 from shards.command import check_options, main_program, option_names
 from shards.errors import UserError, report
 from shards.files.durable import durable_write
@@ -34,6 +35,7 @@ from shards.format.dataset import ShardSet
 from shards.redact import printable, protect_output, redact
 
 PROG = "python -m launch.submit"
+_MAX_SCRIPT = 1 << 20  # bytes of an existing script that are read
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -105,11 +107,14 @@ def write(script: str, run: Path) -> Path:
     """Write the script to the run folder; return its path.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or it has files that another program wrote.
     """
+    check_run_folder(run)
     path = run / "slurm" / "train.sbatch"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and RENDERED.encode() not in read_regular(path, limit=_MAX_SCRIPT):
+            raise SubmitError(f"{path}: exists and was not written by '{PROG}'; move it away")
         durable_write(path, os.fsencode(script))  # paths need not be valid UTF-8
     except OSError as error:
         raise unwritable(run, error) from error

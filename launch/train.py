@@ -47,6 +47,7 @@ from launch.monitor.metrics import Metrics, StartInfo
 from launch.monitor.trackers import Trackers, start_trackers
 from launch.prepare import prepare_run
 from launch.profiling.profiler import StepProfiler
+from launch.resilience.foreign_files import check_run_folder
 from launch.resilience.preempt import Preemption, deadline
 from launch.resilience.preflight import preflight
 from launch.resilience.stop_signals import Phase, StopSignals, Unsaved
@@ -221,6 +222,7 @@ def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
     renewal = StatusRenewal(run, lambda: write_status(run, "running"))
     with lock, end_in_status(run, lock, signals, renewal):
         world = connect(numa_binding=recipe.parallel.numa_binding)
+        broadcast_from_rank0(lambda: check_run_folder(run), world)
         if recipe.run.dry_run:
             DISPLAY.close()
             show_run(recipe, world)

@@ -15,11 +15,12 @@ import tyro
 from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.augment.recipe import CropArea
 from pipeline.options import LoaderOptions
-from shards.errors import UserError
-from shards.files.output import check_output, write_output
+from shards.errors import UserError, first_line
+from shards.files.output import MARK, check_output, write_output
 from shards.memory import check_memory
 from shards.option_help import default
 from shards.progress import Phases
@@ -29,6 +30,7 @@ from shards.redact import printable
 if TYPE_CHECKING:
     from pipeline.augment.recipe import AugmentRecipe
     from pipeline.batch import Batch
+    from pipeline.storage.reader import Encoded
     from shards.format.dataset import ShardSet
 
 Pixels = NDArray[np.uint8]
@@ -89,7 +91,7 @@ class Look:
         training = self.split == "train"
         if self.diff and not training:
             raise UserError(f"--diff with --split {self.split}: only training images are augmented; omit --diff")
-        check_output(self.out, "--out", FORMATS)
+        check_output(self.out, "--out", FORMATS, default=Look.out)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
         # Size in bytes of the contact sheet and the float32 batch.
         needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)
@@ -106,8 +108,10 @@ class Look:
             sheet = contact_sheet(self._cells(dataset, count, recipe, progress))
         image = io.BytesIO()
         kind = FORMATS[self.out.suffix.lower()]
+        info = PngInfo()
+        info.add_text("Software", MARK)
         try:
-            sheet.save(image, kind)
+            sheet.save(image, kind, **{"pnginfo": info} if kind == "PNG" else {})
         except (OSError, ValueError) as error:  # the image is too large for the format, or Pillow has no encoder
             raise UserError(
                 f"--out {self.out}: Pillow cannot write {sheet.width} x {sheet.height} pixels as {kind} ({error}); "
@@ -143,10 +147,7 @@ class Look:
             operations = ["centre crop"] * count
         cells = []
         for i, row in enumerate(encoded.rows):
-            if encoded.raw[i]:
-                source = Image.fromarray(encoded.images[i].reshape(int(row["height"]), int(row["width"]), 3))
-            else:
-                source = Image.open(io.BytesIO(encoded.images[i].tobytes())).convert("RGB")
+            source = source_image(encoded, i)
             panels = [with_crop_window(source, windows[i], self.size), received[i]]
             title = f"{printable(dataset.manifest.classes[int(row['label'])].title)} #{batch.ids[i]}"
             if self.diff:
@@ -206,6 +207,23 @@ class Cell:
     """Class, sample id and, with --diff, the difference from the reference."""
     operations: str
     """Description of the augmentation."""
+
+
+def source_image(encoded: Encoded, row: int) -> Image.Image:
+    """Decode the image of one sample with Pillow.
+
+    Raises:
+        DecodeError: Pillow cannot decode it, although another decoder may.
+    """
+    from pipeline.decode.job import DecodeError
+
+    data, stored = encoded.images[row], encoded.rows[row]
+    try:
+        if encoded.raw[row]:
+            return Image.fromarray(data.reshape(int(stored["height"]), int(stored["width"]), 3))
+        return Image.open(io.BytesIO(data.tobytes()), formats=("JPEG",)).convert("RGB")
+    except Exception as error:  # Pillow raises exceptions of many types
+        raise DecodeError.of([encoded.ids[row]], first_line(error) or type(error).__name__) from error
 
 
 def denormalised(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.verdict import Figures
-from shards.files.output import write_output
+from shards.files.output import MARK, write_output
 
 COLOURS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
 CAPTION_WIDTH = 110  # characters per line
@@ -65,6 +65,7 @@ def write_chart(figures: Figures, path: Path) -> None:
     # matplotlib parses texts when it draws them: without this setting, dollar signs in a device's name start a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         chart = draw(figures)
-        chart.savefig(image, format=path.suffix[1:].lower(), dpi=110)
+        suffix = path.suffix[1:].lower()
+        chart.savefig(image, format=suffix, dpi=110, metadata={"Software": MARK} if suffix == "png" else None)
     plt.close(chart)
     write_output(path, image.getvalue(), "--chart")

@@ -56,7 +56,7 @@ class Bench:
 
         if self.json is not None:
             check_output(self.json, "--json")
-        check_output(self.chart, "--chart", CHART_FORMATS)
+        check_output(self.chart, "--chart", CHART_FORMATS, default=Bench.chart)
         cuda = torch.cuda.is_available()
         recipe = self._recipe(training, BENCH_BATCH["cuda" if cuda else "cpu"])
         steps = self.steps or (30 if cuda else 6)

@@ -19,6 +19,7 @@ from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from shards.command import check_options, option_names, suggestion
 from shards.errors import UserError
+from shards.files.regular import NotRegular, read_bounded
 from shards.schema import first_error
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -137,13 +138,14 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
         RecipeError: the file cannot be read, a section or field is unknown, or a value has the wrong type.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise RecipeError(f"{path}: larger than {MAX_BYTES >> 20} MiB; use a TOML file of options")
+        content = read_bounded(path, MAX_BYTES)
         values = _of_run(json.loads(content)) if path.suffix == ".json" else tomllib.loads(content.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
+    except NotRegular as error:  # reading a FIFO would wait for a writer
+        raise RecipeError(f"{path}: is {error.kind}; use a file of options") from error
+    except UserError as error:
+        raise RecipeError(f"{error}; use a TOML file of options") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: the file is not UTF-8 or not TOML
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise RecipeError(f"{path}: not a readable {kind} file ({error})") from error

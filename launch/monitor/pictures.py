@@ -143,7 +143,7 @@ def _thumbnail(encoded: Encoded, row: int) -> bytes | None:
             height, width = int(encoded.rows["height"][row]), int(encoded.rows["width"][row])
             image = Image.fromarray(data.reshape(height, width, 3))
         else:
-            image = Image.open(io.BytesIO(data.tobytes()))
+            image = Image.open(io.BytesIO(data.tobytes()), formats=("JPEG",))
             image.draft("RGB", (_LONG_SIDE, _LONG_SIDE))  # decode a large JPEG at a fraction of its size
         scale = min(1.0, _SHORT_SIDE / min(image.size), _LONG_SIDE / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -159,7 +159,7 @@ def draw_hardest(record: EvaluationRecord, titles: Sequence[str]) -> bytes:
     cells = []
     for image in record.hardest:
         if image.jpeg is not None:
-            square = np.asarray(_square(Image.open(io.BytesIO(image.jpeg))))
+            square = np.asarray(_square(Image.open(io.BytesIO(image.jpeg), formats=("JPEG",))))
             title = f"{title_of(image.label, titles)}, predicted {title_of(image.prediction, titles)}"
             cells.append(Cell([square], title, f"loss {image.loss:.2f}, #{image.id}"))
     return _jpeg(contact_sheet(cells))

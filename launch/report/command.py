@@ -31,7 +31,7 @@ class Report:
         from launch.report.loaded_run import load_runs
         from launch.report.page import render
 
-        check_output(self.out, "--out", (".html", ".htm"))
+        check_output(self.out, "--out", (".html", ".htm"), default=Report.out)
         if self.png is not None:
             check_output(self.png, "--png", FORMATS)
         if not self.runs:

@@ -18,6 +18,7 @@ from launch.report.loaded_run import LoadedRun
 from launch.report.mistakes import mistakes
 from launch.report.options import chosen, differences, environment, options
 from launch.report.summary import clock, paper_accuracy, summarize
+from shards.files.output import MARK
 from shards.progress import duration
 from shards.redact import printable
 
@@ -49,6 +50,7 @@ def render(runs: Sequence[LoadedRun]) -> str:
     only = runs[0]
     return environment_.get_template("report.html.j2").render(
         css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+        generator=MARK,
         now=clock(time.time()),
         several=several,
         summaries=[summarize(run) for run in runs],

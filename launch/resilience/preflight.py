@@ -19,11 +19,12 @@ import xxhash
 from launch.config.recipe import Recipe
 from launch.machine.provenance import versions
 from launch.machine.world import World, broadcast_from_rank0
-from launch.run.files import unwritable
+from launch.run.files import read_regular, unwritable
 from launch.run.status import write_status
 from shards.errors import UserError
+from shards.files.durable import durable_write
 from shards.files.temporary import temporary_folder
-from shards.format.manifest import MANIFEST_NAME
+from shards.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
@@ -144,7 +145,7 @@ def data_hash(recipe: Recipe) -> str:
     if not isinstance(location, Path):
         return location
     try:
-        digest = xxhash.xxh3_64((location / MANIFEST_NAME).read_bytes())
+        digest = xxhash.xxh3_64(read_regular(location / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES))
         for index in sorted(location.glob("*.index.npy")):
             digest.update(f"{index.name} {index.stat().st_size}".encode())
         return digest.hexdigest()
@@ -157,7 +158,7 @@ def write_token(run: Path) -> str:
     token = secrets.token_hex(8)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        token_file(run).write_text(token, encoding="utf-8")
+        durable_write(token_file(run), token.encode())
     except OSError as error:
         raise unwritable(run, error) from error
     return token
@@ -172,7 +173,7 @@ def finds_token(run: Path, token: str, within: float = VISIBLE_WITHIN_SECONDS) -
     end = time.monotonic() + within
     while True:
         try:
-            if token_file(run).read_text(encoding="utf-8") == token:
+            if read_regular(token_file(run), limit=len(token)) == token.encode():
                 return True
         except OSError:
             pass

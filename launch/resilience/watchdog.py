@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import os
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from launch.machine.simple_launcher import LAUNCHER
 from launch.machine.world import World
 from launch.resilience.heartbeat import FOLDER, Heartbeat, new_start
 from launch.resilience.rank_status import describe_failure, failing_hosts
-from launch.run.files import unwritable
+from launch.run.files import open_regular, unwritable
 from launch.run.status import EXIT_STATUS, read_status, write_status
 
 T = TypeVar("T")
@@ -62,9 +63,7 @@ class Watchdog:
         close: called before the process ends; it restores the terminal.
     """
 
-    def __init__(
-        self, run: Path, world: World, *, timeout: float, close: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, run: Path, world: World, *, timeout: float, close: Callable[[], object] = lambda: None) -> None:
         self._run, self._world, self._timeout, self._close = run, world, timeout, close
         self._limit = max(timeout, START_TIMEOUT.total_seconds())
         self._steps, self._beat_at = 0, time.monotonic()
@@ -79,7 +78,9 @@ class Watchdog:
         if self._timeout:
             try:
                 self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created the folder yet
-                self._file = self.stacks.open("a", encoding="utf-8")  # keep traces of earlier starts
+                # Keep traces of earlier starts. Another user may have made a FIFO, which would block.
+                handle = open_regular(self.stacks, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                self._file = os.fdopen(handle, "a", encoding="utf-8")
             except OSError as error:
                 raise unwritable(self._run, error) from error
             if self._world.size > 1:

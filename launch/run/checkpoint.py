@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import safetensors.torch
 import xxhash
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
 from torch import Tensor
 
 import fat
 from launch.run.files import open_regular, read_regular
 from launch.run.progress import Progress
+from launch.run.state_file import read_bytes, tensors_of
 from shards.errors import StorageFailed, UserError, storage_error
 from shards.schema import Count, Digest, FileName, parse_json
 
@@ -92,13 +91,15 @@ class Checkpoint:
     def load(self) -> dict[str, Tensor]:
         """Read the state, as float32 tensors on the CPU. The hash of the loaded bytes is checked again.
 
+        The tensors share the memory of the file's content, which is freed with the last of them.
+
         Raises:
             StorageFailed: the file cannot be read, or has changed since the checkpoint was chosen.
             CheckpointError: the file is missing, or not a safetensors file.
         """
         path = self.path / STATE
         try:
-            content = read_regular(path, limit=self.state.bytes)
+            content = read_bytes(path, self.state.bytes)
         except OSError as error:
             raise storage_error(
                 path, error, "the run folder (--out) must be on storage that all nodes share"
@@ -106,8 +107,8 @@ class Checkpoint:
         if len(content) != self.state.bytes or xxhash.xxh3_64_hexdigest(content) != self.state.xxh3:
             raise StorageFailed(f"{path}: has changed since it was checked; start the run again")
         try:
-            return safetensors.torch.load(content)
-        except SafetensorError as error:
+            return tensors_of(content)
+        except ValueError as error:
             raise CheckpointError(
                 f"{path}: not a valid safetensors file ({error}); remove {self.path}, then start the run again"
             ) from error

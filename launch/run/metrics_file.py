@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -17,12 +18,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from launch.run.files import open_regular
-from launch.run.metrics_schema import EVALUATIONS, KINDS, Line
+from launch.run.metrics_schema import EVALUATIONS, KINDS, Line, Resolved
 from shards.errors import UserError, storage_error
 from shards.redact import redacted
 from shards.schema import parse_json
 
 METRICS_NAME = "metrics.jsonl"
+MAX_BYTES = 1 << 30
+"""Maximum size that is read. A line has about 300 bytes, and a reader needs several times the size of the file."""
 _LINE_LIMIT = 1 << 20
 
 log = logging.getLogger(__name__)
@@ -134,11 +137,14 @@ def read_metrics(folder: Path, warn: Callable[[str], object] = log.warning) -> l
         warn: called once with the number of damaged lines, if there are any.
 
     Raises:
-        OSError: the file is missing, not a regular file, or cannot be read.
+        OSError: the file is missing, not a regular file, larger than `MAX_BYTES`, or cannot be read.
     """
     lines: list[dict[str, Any]] = []
     damaged = 0
     with open(open_regular(folder / METRICS_NAME), "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+            fact = f"{size:,} bytes, more than the {MAX_BYTES:,} bytes that are allowed"
+            raise OSError(errno.EFBIG, fact, str(folder / METRICS_NAME))
         while content := file.readline(_LINE_LIMIT):
             try:
                 lines.append(_checked(content))
@@ -162,6 +168,8 @@ def read_run(run: Path, warn: Callable[[str], object] = log.warning) -> list[dic
             f"{run}: contains no {METRICS_NAME}, so it is not a run folder; use the --out folder of a training run"
         ) from None
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{run / METRICS_NAME}: {error.strerror}; use another run folder") from None
         raise storage_error(run / METRICS_NAME, error, "use the --out folder of a training run") from error
 
 
@@ -211,11 +219,12 @@ _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 def _checked(content: bytes) -> dict[str, Any]:
-    """Parse one line of metrics and check its numbers.
+    """Parse one line of metrics, and check its fields; fields that are unknown for its kind are dropped.
 
     Raises:
         ValueError: the line is not a valid metrics line.
     """
     line = parse_json(content, _OBJECT, limit=_LINE_LIMIT)
-    KINDS.get(Line.model_validate(line).kind, Line).model_validate(line)
-    return line
+    kind = KINDS.get(Line.model_validate(line).kind, Line)
+    kind.model_validate(line)
+    return line if kind is Resolved else {name: value for name, value in line.items() if name in kind.model_fields}

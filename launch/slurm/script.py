@@ -15,6 +15,7 @@ TEMPLATE = Path(__file__).with_name("train.sbatch")
 # Options that an #SBATCH line can hold without quotes: sbatch ends an option at a space, and the line at '#'.
 PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 SETTINGS, END_OF_SETTINGS = "# ---- settings\n", "# ---- end of settings\n"
+RENDERED = "# Rendered by launch.submit"  # begins a line of every rendered script
 
 
 def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
@@ -34,7 +35,7 @@ def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
     lines = [
         "#!/bin/bash",
         title,
-        "# Rendered by launch.submit; launch/slurm/train.sbatch explains each line.",
+        f"{RENDERED}; launch/slurm/train.sbatch explains each line.",
         *(f"#SBATCH {_quoted(option)}" for option in _options(job, run)),
         "",
         settings.rstrip(),

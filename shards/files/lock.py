@@ -65,7 +65,8 @@ def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
     Raises:
         LockHeld: a running process holds the lock; the message names its host and pid.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    # Another user of a shared folder may have made a link: its target would be overwritten.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         _acquire(handle, path, what, wait)
         stop = threading.Event()

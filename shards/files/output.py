@@ -19,22 +19,27 @@ _INVALID_NAME = (
 
 
 STANDARD_OUTPUT = Path("-")
+MARK = "fat-pipeline"
+"""Text at the beginning of files with a default name; it identifies files that this project created."""
+_HEAD = 4096  # bytes in which the mark is searched
 
 
 class OutputError(UserError):
     """An output file cannot be written at the specified location."""
 
 
-def check_output(path: Path, option: str, suffixes: Collection[str] = ()) -> None:
+def check_output(path: Path, option: str, suffixes: Collection[str] = (), *, default: Path | None = None) -> None:
     """Check that an output file can be written, before the work starts.
 
     Args:
         path: the file. - is standard output, if `suffixes` is empty.
         option: option that specifies the file, for the message.
         suffixes: allowed suffixes in lower case; empty: any.
+        default: the option's default. The user has not named this file, so it is replaced only if it contains `MARK`.
 
     Raises:
-        OutputError: the path is a folder, its parent folder is missing or not writable, or its suffix is not allowed.
+        OutputError: the path is a folder, its parent folder is missing or not writable, its suffix is not allowed, or
+            a file with the default name exists that this project did not create.
     """
     if is_standard_output(path) and not suffixes:
         return
@@ -48,6 +53,10 @@ def check_output(path: Path, option: str, suffixes: Collection[str] = ()) -> Non
         # A regular file is replaced by a rename in its folder; a device or pipe is written in place.
         if not os.access(path if _is_special(path) else path.parent, os.W_OK):
             raise OutputError(f"{option} {path}: no permission to write to it; specify another file")
+        if path == default and path.is_file() and MARK.encode() not in _beginning(path):
+            raise OutputError(
+                f"{option} {path}: exists, and was not written by this command; move it away, or specify another file"
+            )
     except (OSError, ValueError) as error:  # for example, the name is too long or contains a NUL byte
         raise _unwritable(path, option, error) from error
 
@@ -95,6 +104,11 @@ def write_output(path: Path, content: bytes, option: str) -> None:
 def is_standard_output(path: Path | None) -> bool:
     """Return whether a path is -, which stands for standard output."""
     return path == STANDARD_OUTPUT
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD)
 
 
 def _is_special(path: Path) -> bool:

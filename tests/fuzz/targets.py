@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pillow_heif
@@ -25,13 +25,18 @@ import fat
 from launch.config.command_line import apply_file
 from launch.config.recipe import Recipe
 from launch.monitor.goodput import goodput
+from launch.monitor.goodput_table import describe
+from launch.monitor.panels import PANELS, Axis, downsampled, means
+from launch.report.loaded_run import load_runs
+from launch.report.options import chosen
+from launch.report.summary import summarize
 from launch.resilience import heartbeat
 from launch.run.checkpoint import META, Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.evaluation_record import RECORD_NAME, EvaluationInfo, EvaluationRecord, read_evaluation
 from launch.run.metrics_file import METRICS_NAME, final_timeline, read_metrics
 from launch.run.progress import Progress
-from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
+from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME, read_saved_run, restore_class_names
 from launch.run.status import STATUS_NAME, read_status
 from pipeline.storage.placement import open_storage
 from shards.convert.convert import convert
@@ -49,6 +54,7 @@ from shards.sources.naming.classes import read_classes
 from shards.sources.scan import ScanOptions
 from tests.fuzz.mutate import dumps
 from tests.fuzz.runner import Target
+from tests.support.run_folders import write_run
 
 pillow_heif.register_heif_opener()  # for creating seeds
 SIDE = 16
@@ -354,6 +360,38 @@ def _read_metrics(path: Path) -> None:
         json.dumps(goodput(lines).to_dict(), allow_nan=False)
 
 
+class ReportTarget:
+    """A run folder of which one file is replaced, as `pipeline report` and `pipeline goodput` read it."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+
+    def seeds(self, folder: Path) -> list[bytes]:
+        content = (self._make(folder / "run") / self._file).read_bytes()
+        lines = [json.loads(line) for line in content.splitlines()]
+        later = [line | {"kind": "later"} for line in lines if "kind" in line]  # a kind of a later version
+        return [dumps(lines), dumps(lines + later)]
+
+    def _make(self, folder: Path) -> Path:
+        return write_run(folder, steps=20, log_every=5, epochs=2, ema=True, crash=(15, 10), status="running")
+
+    def parse(self, content: bytes, folder: Path) -> None:
+        run = self._make(folder / "run")
+        (run / self._file).write_bytes(content)
+        (loaded,) = load_runs([run])
+        summarize(loaded)
+        chosen(loaded)
+        describe(loaded.goodput)
+        for series in (series for panel in PANELS for series in panel.series):
+            for axis in get_args(Axis):
+                means(downsampled(loaded.timeline.points(series, axis)))
+                loaded.timeline.interruptions(axis, 1.0)
+
+
+def _json_lines(document: Any) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in document)
+
+
 def _evaluation() -> bytes:
     rows = np.array([[0, 1, 1, 0.5, 0.6, 0.6], [1, 0, 1, 2.5, 0.1, 0.9], [2, 0, 0, 0.1, 0.9, 0.9]])
     record = EvaluationRecord.of(rows, EvaluationInfo(step=7, weights="weights", outputs=2))
@@ -364,6 +402,13 @@ def _read_evaluation(path: Path) -> None:
     record = read_evaluation(path.parent)
     assert record is not None
     _ = record.hardest
+
+
+CLASS_LIST = fat.ClassList.of(CLASSES, ["Ant", None])
+
+
+def _read_class_names(path: Path) -> None:
+    restore_class_names(path.parent, dataclasses.replace(CLASS_LIST, folders=None, names=None))
 
 
 def _saved_run() -> bytes:
@@ -452,6 +497,9 @@ TARGETS: tuple[Target, ...] = (
     _target("recipe-toml", FileTarget("r.toml", lambda: RECIPE, lambda path: apply_file(Recipe(), path))),
     _target("recipe-json", FileTarget(RECIPE_NAME, _saved_run, lambda path: read_saved_run(path.parent)), dumps),
     _target("metrics", FileTarget(METRICS_NAME, _metrics, _read_metrics), tolerant=True),
+    _target("report-metrics", ReportTarget(METRICS_NAME), _json_lines, tolerant=True),
+    _target("report-status", ReportTarget(STATUS_NAME), _json_lines, tolerant=True),
+    _target("class-names", FileTarget(CLASSES_NAME, lambda: CLASS_LIST.dumps().encode(), _read_class_names), dumps),
     _target("evaluation", FileTarget(RECORD_NAME, _evaluation, _read_evaluation)),
     _target(
         "status",

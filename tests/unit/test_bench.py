@@ -28,6 +28,7 @@ from launch.feed import Feed
 from launch.machine.device_peaks import DevicePeaks
 from launch.machine.world import World
 from launch.monitor.roofline import Roofline
+from shards.files.output import MARK
 
 BATCH = 2
 CPU = torch.device("cpu")
@@ -39,6 +40,7 @@ def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
     shallow = ("--read-ahead", "1", "--decode-ahead", "1", "--ready", "1")
     assert pipeline([str(arg) for arg in ("bench", data, *own, "--", *sizes, *shallow, *options)]) == 0
     assert Image.open(tmp_path / "bench.png").width > 500
+    assert MARK.encode() in (tmp_path / "bench.png").read_bytes()[:4096]
     return json.loads((tmp_path / "bench.json").read_text())
 
 

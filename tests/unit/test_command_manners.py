@@ -16,7 +16,7 @@ import pytest
 import shards.progress
 from launch.cli import SAMPLES, SUBCOMMANDS, Sample
 from launch.cli import main as pipeline
-from launch.config.command_line import parse
+from launch.config.command_line import MAX_BYTES, parse
 from launch.submit import main as submit
 from shards.command import CLOSED_PIPE, option_names, project_version
 from shards.errors import UserError
@@ -260,6 +260,18 @@ def test_recipe_of_a_run_is_used_without_its_run_folder(tmp_path: Path) -> None:
             parse(["--recipe", str(file)])
     with pytest.raises(UserError, match=r"is a folder; specify a file in it, such as a run's recipe\.json"):
         parse(["--recipe", str(tmp_path)])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["recipe.toml", "recipe.json"])
+def test_recipes_that_are_no_files_are_rejected(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: is a fifo; use a file of options"):
+        parse(["--recipe", str(tmp_path / name)])
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(UserError, match=r"1,048,577 bytes, more than the 1,048,576 bytes that are allowed; use a TOML"):
+        parse(["--recipe", str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(

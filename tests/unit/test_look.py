@@ -13,9 +13,12 @@ from PIL import Image
 from launch.cli import main as pipeline
 from pipeline import look
 from pipeline.augment.recipe import augment_recipe
+from pipeline.decode.job import DecodeError
 from pipeline.loader import EvalLoader
-from pipeline.look import Cell, Look, contact_sheet
+from pipeline.look import Cell, Look, contact_sheet, source_image
 from pipeline.plan import EvalPlan
+from pipeline.storage.placement import open_storage
+from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
 from tests.support.serving import serve
 
@@ -119,6 +122,18 @@ def test_look_works_on_a_remote_set(digits: Path, tmp_path: Path, cells: list[Ce
     with serve(digits) as site:
         Look(site.url, out=tmp_path / "sheet.png", size=64, count=4, cache=tmp_path / "cache").run()
     assert len(cells) == 4
+
+
+def test_only_jpegs_are_given_to_pillow(photos: Path) -> None:
+    """Pillow would call other programs for some formats: Ghostscript for EPS."""
+    dataset = ShardSet(photos)
+    with SampleReader(open_storage(dataset, "train")) as reader:
+        encoded = reader.read(np.arange(2))
+    assert source_image(encoded, 0).mode == "RGB"
+    for content in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"", b"GIF89a"):
+        encoded.images[1] = np.frombuffer(content, np.uint8)
+        with pytest.raises(DecodeError, match="sample 1 could not be decoded"):
+            source_image(encoded, 1)
 
 
 def test_a_count_of_zero_is_rejected(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from launch.resilience.preflight import (
     minority,
     shortages,
     source_hash,
+    token_file,
     write_token,
 )
 
@@ -78,6 +80,28 @@ def test_a_different_run_folder_is_detected(tmp_path: Path) -> None:
     assert finds_token(tmp_path / "run", token)
     assert not finds_token(tmp_path / "other", token, within=0)
     assert not finds_token(tmp_path / "absent", token, within=0)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["fifo", "link", "garbage"])
+def test_a_token_of_another_user_is_neither_read_nor_overwritten(tmp_path: Path, kind: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"years of work\xff")
+    if kind == "fifo":
+        os.mkfifo(token_file(tmp_path))
+    elif kind == "link":
+        token_file(tmp_path).symlink_to(precious)
+    else:
+        token_file(tmp_path).write_bytes(b"\xff" * 100)
+    assert not finds_token(tmp_path, "0" * 16, within=0)
+    assert finds_token(tmp_path, write_token(tmp_path))
+    assert precious.read_bytes() == b"years of work\xff"
+
+
+@pytest.mark.timeout(60)
+def test_a_manifest_that_is_a_fifo_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "dataset.json")
+    assert "not a regular file" in data_hash(parse(["--data", str(tmp_path)]))
 
 
 def test_facts_of_this_machine(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

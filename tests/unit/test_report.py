@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from launch.report.mistakes import THUMBNAIL_BYTES, mistakes
 from launch.report.options import differences
 from launch.report.summary import paper_accuracy, summarize
 from launch.run.evaluation_record import RECORD_NAME
+from launch.run.metrics_file import MAX_BYTES as MAX_METRICS
 from launch.run.metrics_file import METRICS_NAME
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
 from launch.run.status import write_status
@@ -207,6 +209,23 @@ def test_other_files_of_the_run_may_be_missing_or_damaged(tmp_path: Path, name: 
     assert summarize(loaded).best == "90.00%"
     expected = {RECIPE_NAME, CLASSES_NAME} if content is None else {RECIPE_NAME, CLASSES_NAME, RECORD_NAME}
     assert (name in expected) == any(name in note for note in loaded.notes)
+
+
+def test_fields_of_unknown_lines_are_not_used(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    unknown = {"kind": "later-version", "time": 1.7e9, "epoch": "x", "skipped": [], "world": None, "top1": "y"}
+    with (run / METRICS_NAME).open("a") as file:
+        file.write(json.dumps(unknown) + "\n")
+    (loaded,) = load_runs([run])
+    assert summarize(loaded).best == "90.00%"
+
+
+def test_metrics_above_the_size_limit_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    os.truncate(run / METRICS_NAME, MAX_METRICS + 1)
+    for command in (["report", str(run), "--out", str(tmp_path / "x.html")], ["goodput", str(run)]):
+        assert pipeline(command) == 2
+        assert "metrics.jsonl: 1,073,741,825 bytes, more than the 1,073,741,824 bytes" in capsys.readouterr().err
 
 
 def test_what_is_no_run_folder_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

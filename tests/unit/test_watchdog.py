@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from launch.machine.world import World
 from launch.resilience.watchdog import Watchdog
 from shards.errors import UserError
+from tests.support.disks import fill, small_disk
 from tests.support.hanging_mount import can_mount
 from tests.support.launching import python_path
 
@@ -114,17 +116,21 @@ def test_the_watchdog_survives_any_exception(tmp_path: Path) -> None:
     assert "stalled: rank 0 on" in done.stderr
 
 
-def test_an_unwritable_file_of_stacks_is_an_error_of_the_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "run" / "stacks-rank0.txt").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"the run folder cannot be written \(.*Is a directory\)"), alone(tmp_path):
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_an_unwritable_file_of_stacks_is_an_error_of_the_run_folder(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "stacks-rank0.txt")
+    with pytest.raises(UserError, match=r"the run folder cannot be written \(.*not a regular file\)"), alone(tmp_path):
         pass
 
 
 def test_stacks_go_to_standard_error_when_the_disk_is_full(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "stacks-rank0.txt").symlink_to("/dev/full")
-    done = run_program(run, "sleep")
+    with small_disk(tmp_path / "disk", "64k") as run:
+        fill(run)
+        done = run_program(run, "sleep")
     assert done.returncode == 75, done.stderr
     assert "stacks-rank0.txt: cannot be written ([Errno 28] No space left on device)" in done.stderr
     assert location_of("time.sleep(60)") in done.stderr
