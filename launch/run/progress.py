@@ -51,8 +51,8 @@ class Progress:
             step: number of optimizer steps done.
             position: position in the plan after the step.
         """
-        position_fields = {"step": step, "epoch": position.epoch, "epoch_step": position.step}
-        return replace(self, **position_fields, is_best=False, top1={}, improved=())
+        epoch, epoch_step = position.epoch, position.step
+        return replace(self, step=step, epoch=epoch, epoch_step=epoch_step, is_best=False, top1={}, improved=())
 
     def evaluated(self, top1: Mapping[WeightsKind, float]) -> Progress:
         """Return the progress after an evaluation at this step."""

@@ -95,7 +95,7 @@ def describe_weights(recipe: Recipe, feed: Feed) -> fat.WeightsInfo:
 
 def all_weights_files(run: Path) -> list[Path]:
     """Return the weights files of a run that exist: best and last, of the weights and of their EMA."""
-    names = [weights_file(run, which, kind) for kind in WEIGHTS_KINDS for which in ("best", "last")]  # type: ignore[arg-type]
+    names = [weights_file(run, which, kind) for kind in WEIGHTS_KINDS for which in ("best", "last")]
     return [path for path in names if path.is_file()]
 
 
