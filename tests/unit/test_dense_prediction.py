@@ -91,9 +91,8 @@ def test_retinanet_trains_and_detects(detection: dict[str, Any], weights: Path) 
 
 @pytest.mark.slow
 def test_the_detection_example_learns(detection: dict[str, Any]) -> None:
-    losses, recall = detection["train"](steps=100)
-    assert sum(losses[-10:]) < sum(losses[:10]) / 2
-    assert recall > 0.5
+    _, recall = detection["train"](steps=100)
+    assert recall > 0.5  # an untrained detector finds none
 
 
 @pytest.mark.parametrize("out_indices", [None, (0, 1), (1, 2, 3)], ids=str)
