@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.augment.recipe import augment_recipe
 from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
-from pipeline.plan import NO_SAMPLE, EvalPlan, TrainPlan
+from pipeline.plan import NO_SAMPLE, EvalPlan, ShardRequest, TrainPlan
 from pipeline.sampling.selection import parse_classes, select, stratified
 from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
@@ -29,6 +29,7 @@ from shards.format.manifest import Manifest
 from shards.format.manifest_fields import ClassEntry
 from tests.support.serving import serve
 from tests.support.sources import class_folders
+from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
 FIXED = augment_recipe("none", size=32)
@@ -92,16 +93,22 @@ def one_batch(dataset: ShardSet, **options: Any) -> Batch:
 def test_the_selected_images_are_read_from_every_kind_of_storage(form: Format, remote: bool, tmp_path: Path) -> None:
     class_folders(tmp_path / "in" / "train", {"a": 20, "b": 12, "c": 9})
     convert(tmp_path / "in", tmp_path / "set", Options(format=form, shard_bytes=10_000))
-    beton = form == "ffcv"
+    beton, cache = form == "ffcv", tmp_path / "cache"
+    cache.mkdir()
     complete = ShardSet(tmp_path / "set")
     ids, labels = selected_ids(complete, [0, 2], fraction=0.4, seed=0)
     with SampleReader(open_storage(complete, "train", beton=beton)) as reader:
         expected = [image.tobytes() for image in reader.read(ids).checked().images]
     with contextlib.ExitStack() as stack:
         location = stack.enter_context(serve(tmp_path / "set")).url if remote else tmp_path / "set"
-        selected = select(open_set(location, cache=tmp_path), classes=["a", "c"], fraction=0.4)
+        selected = select(open_set(location, cache=cache), classes=["a", "c"], fraction=0.4)
         assert len(selected.split("train").shards) > 2
         reader = stack.enter_context(SampleReader(open_storage(selected, "train", beton=beton)))
+        if remote:  # read from complete shards, which are verified by their hashes, not by requests for single samples
+            shards = len(selected.split("train").shards)
+            reader.prefetch(iter([ShardRequest(0, 0, list(range(shards)))]))
+            kind = "train.beton.??????" if beton else "train-*.tar"
+            wait_until(lambda: len(list(cache.rglob(kind))) == shards, seconds=20)
         found = reader.read(np.arange(len(ids))).checked()
     assert [image.tobytes() for image in found.images] == expected
     assert found.rows["label"].tolist() == labels.tolist()
