@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.loaders.factory import eval_loader, train_loader
     from pipeline.options import DaliOptions, LoaderOptions
     from pipeline.plan import EvalPlan, Position, TrainPlan
+    from pipeline.sampling.selection import select
     from pipeline.storage.remote.shard_set import open_set
     from shards.errors import ShardSetError, UserError
     from shards.format.dataset import ShardSet
@@ -49,6 +50,7 @@ _DEFINED_IN = {
     "augment_recipe": "pipeline.augment.recipe",
     "eval_loader": "pipeline.loaders.factory",
     "open_set": "pipeline.storage.remote.shard_set",
+    "select": "pipeline.sampling.selection",
     "train_loader": "pipeline.loaders.factory",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "augment_recipe",
     "eval_loader",
     "open_set",
+    "select",
     "train_loader",
 ]
 

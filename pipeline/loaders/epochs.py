@@ -173,11 +173,13 @@ class EpochLoader(BackgroundLoader):
         plan = self._plan
         return {
             "index_hash": self._dataset.split(self._split).index_hash,
+            "selection": self._dataset.selection_digest(self._split),
             "samples": plan.samples,
             "global_batch": plan.global_batch,
             "seed": plan.seed,
             "lanes": plan.lanes,
             "shuffle_block_size": plan.shuffle_block_size,
+            "class_balance": plan.balance.exponent if plan.balance else 0.0,
         }
 
     def _checked(self, epoch: int, step: int) -> Position:

@@ -40,6 +40,7 @@ def train_loader(
     dtype: torch.dtype = torch.float32,
     lanes: int | None = None,
     shuffle_block_size: int = DEFAULT_SHUFFLE_BLOCK_SIZE,
+    class_balance: float = 0.0,
     options: LoaderOptions | None = None,
 ) -> TrainLoader:
     """Return a loader of this process's batches of a training, for use like torch's DataLoader.
@@ -48,7 +49,7 @@ def train_loader(
     set, the recipe, the seed and the global batch, but not on the number of processes.
 
     Args:
-        dataset: folder or URL of a shard set, or an opened set.
+        dataset: folder or URL of a shard set, or an opened set, such as one that `select` has reduced.
         batch_size: images per batch of this process, as in torch's DataLoader. If `global_batch` is also given,
             successive batches belong to the same optimizer step (gradient accumulation).
         global_batch: images per optimizer step, over all processes. None: `batch_size` times the number of processes.
@@ -64,6 +65,7 @@ def train_loader(
         device: device of the batches. None: the GPU of this process if there is one, else the CPU.
         dtype: floating-point dtype of the images.
         lanes, shuffle_block_size: see `TrainPlan`.
+        class_balance: 0: each image once per epoch. Above 0, up to 1: draw small classes more often, see `TrainPlan`.
         options: performance options and the handling of bad samples. By default the cores of the machine are divided
             among its processes (LOCAL_WORLD_SIZE).
 
@@ -104,6 +106,8 @@ def train_loader(
         lanes=lanes,
         shuffle_block_size=shuffle_block_size,
         pairs=recipe.mixes,
+        class_balance=class_balance,
+        labels=dataset.index(split)["label"] if class_balance else None,
     )
     return TrainLoader(
         dataset,

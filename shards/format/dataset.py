@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from shards.errors import ShardSetError, storage_error
@@ -92,6 +93,10 @@ class ShardSet:
     def restricted(self) -> bool:
         """Whether `restrict` has been called."""
         return self._labels is not None
+
+    def selection_digest(self, name: str) -> str | None:
+        """Return the xxh3-64 of the ids of a split that `restrict` keeps, 16 hex digits; None: all samples."""
+        return xxhash.xxh3_64_hexdigest(self._rows[name].tobytes()) if self.restricted else None
 
     def index(self, name: str, *, beton: bool = False) -> Index:
         """Return the index of a split. It is read and checked against the manifest only once.

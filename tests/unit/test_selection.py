@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline import train_loader
 from pipeline.augment.recipe import augment_recipe
 from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
@@ -208,3 +209,15 @@ def test_a_selection_without_training_images_is_rejected(animals: Path, tmp_path
     convert(tmp_path / "in", tmp_path / "set", Options())
     with pytest.raises(UserError, match="the training split has no images of these classes"):
         select(ShardSet(tmp_path / "set"), classes=["b"])
+
+
+def test_the_state_of_a_loader_is_refused_by_one_of_other_samples(digits: Path) -> None:
+    def loader(seed: int, class_balance: float = 0.0) -> TrainLoader:
+        dataset = select(ShardSet(digits), fraction=0.5, seed=seed)
+        return train_loader(dataset, batch_size=8, size=32, augment="light", device="cpu", class_balance=class_balance)
+
+    state = loader(0).state_dict()
+    loader(0).load_state_dict(state)
+    for other, changed in ((loader(1), "selection was"), (loader(0, 1.0), r"class_balance was 0\.0, and is 1\.0")):
+        with pytest.raises(UserError, match=changed):
+            other.load_state_dict(state)
