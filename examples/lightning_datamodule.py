@@ -62,11 +62,11 @@ class ShardSetModule(lightning.LightningDataModule):
 
 
 class Classifier(lightning.LightningModule):
-    """A FAT model, its loss and its accuracy."""
+    """A model that maps images to logits, its loss and its accuracy."""
 
-    def __init__(self, model: str, num_classes: int, lr: float = 1e-3) -> None:
+    def __init__(self, model: torch.nn.Module, lr: float = 1e-3) -> None:
         super().__init__()
-        self.model, self.lr = fat.create_model(model, num_classes=num_classes), lr
+        self.model, self.lr = model, lr
 
     def training_step(self, batch: Batch) -> torch.Tensor:
         loss = F.cross_entropy(self.model(batch.images), batch.targets)
@@ -98,5 +98,5 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=Path, help="checkpoint of an interrupted training")
     options = parser.parse_args()
     data = ShardSetModule(options.data, batch_size=options.batch_size, size=options.size)
-    trainer = lightning.Trainer(max_epochs=options.epochs)
-    trainer.fit(Classifier(options.model, data.num_classes), datamodule=data, ckpt_path=options.resume)
+    model = Classifier(fat.create_model(options.model, num_classes=data.num_classes))
+    lightning.Trainer(max_epochs=options.epochs).fit(model, datamodule=data, ckpt_path=options.resume)

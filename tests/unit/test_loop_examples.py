@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from pipeline import Batch, train_loader
 from tests.support.small_sets import cats_and_dogs
@@ -42,6 +43,7 @@ def fit(lightning: Any, images: Path, folder: Path, *, epochs: int, resume: Path
 
     every_step = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
     data = example["ShardSetModule"](images, batch_size=BATCH, size=32)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, data.num_classes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the number of workers of a DataLoader, among others
         trainer = lightning.Trainer(
@@ -53,24 +55,20 @@ def fit(lightning: Any, images: Path, folder: Path, *, epochs: int, resume: Path
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(example["Classifier"]("fat_b0", data.num_classes), datamodule=data, ckpt_path=resume)
+        trainer.fit(example["Classifier"](model), datamodule=data, ckpt_path=resume)
     return seen, trainer
 
 
-@pytest.mark.parametrize("stopped", [STEPS + 2, STEPS])
-def test_lightning_resumes_with_the_next_batch(lightning: Any, images: Path, tmp_path: Path, stopped: int) -> None:
-    """Also from the checkpoint of an epoch's last step."""
+def test_lightning_resumes_with_the_next_batch(lightning: Any, images: Path, tmp_path: Path) -> None:
     with train_loader(images, batch_size=BATCH, size=32, epochs=2) as loader:
         expected = [(batch.position, batch.ids.tolist()) for batch in loader.stream()]
-    if stopped > STEPS:
-        seen, trainer = fit(lightning, images, tmp_path, epochs=2)
-        assert seen == expected
-        assert trainer.callback_metrics["top1"] in [hits / 10 for hits in range(11)]
-    else:
-        fit(lightning, images, tmp_path, epochs=1)
-    seen, trainer = fit(lightning, images, tmp_path, epochs=2, resume=tmp_path / f"step={stopped}.ckpt")
-    assert seen == expected[stopped:]
-    assert trainer.global_step == 2 * STEPS
+    seen, trainer = fit(lightning, images, tmp_path, epochs=2)
+    assert seen == expected
+    assert trainer.callback_metrics["top1"] in [pytest.approx(hits / 10) for hits in range(11)]
+    for stopped in (STEPS + 2, STEPS):  # within an epoch, and after the last step of one
+        seen, trainer = fit(lightning, images, tmp_path / "resumed", epochs=2, resume=tmp_path / f"step={stopped}.ckpt")
+        assert seen == expected[stopped:]
+        assert trainer.global_step == 2 * STEPS
 
 
 @pytest.mark.usefixtures("vision_libraries")
@@ -82,8 +80,9 @@ def test_a_timm_model_is_trained_and_evaluated(images: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("vision_libraries")
 def test_a_timm_model_learns_the_digits(digits: Path) -> None:
     example = runpy.run_path(str(EXAMPLES / "train_timm.py"))
-    options = {"model": "resnet18", "size": 32, "batch_size": 48, "augment": "none", "epochs": 3, "lr": 0.05}
-    assert example["main"](argparse.Namespace(data=digits, **options)) > 0.8
+    options = {"model": "resnet10t", "size": 32, "batch_size": 48, "augment": "none", "epochs": 2, "lr": 0.05}
+    assert example["main"](argparse.Namespace(data=digits, **options)) > 0.6
