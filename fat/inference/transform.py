@@ -34,7 +34,7 @@ class ImageTransform:
 
     The short side is resized to size / crop_pct pixels with a bicubic, antialiasing filter, the centre is cropped, and
     the channels are normalised. The result differs from that of timm and torchvision, which resize with Pillow, by
-    rounding: at most 2 of 255 levels. The same holds for evaluations on a GPU, where DALI resizes.
+    rounding: at most 2 of 255 levels. On a GPU, DALI decodes and resizes for evaluations, with other rounding.
     """
 
     size: int = SIZE
