@@ -11,14 +11,14 @@ from torch import nn
 
 from launch.config.recipe import Recipe
 from launch.engine.execution import Execution, zero_and_precision
-from launch.engine.fine_tuning import classifier_of
 from launch.engine.memory import check_batches_fit
-from launch.engine.optimizers import OPTIMIZERS, parameter_groups
-from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World
 from launch.models.cost import count
+from launch.optim.fine_tuning import classifier_of
+from launch.optim.optimizers import OPTIMIZERS, parameter_groups
+from launch.optim.schedule import lr_schedule
 from launch.prepare import prepare_run
 from shards.errors import UserError
 from shards.redact import printable

@@ -12,7 +12,7 @@ import torch
 
 import fat
 from launch.config.data import DataConfig
-from launch.engine.zero_state import weights_of
+from launch.optim.zero_state import weights_of
 from launch.run.checkpoint import META, STATE, Checkpoint, open_checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS

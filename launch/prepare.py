@@ -15,16 +15,17 @@ from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.distillation import Teacher
 from launch.engine.execution import Execution
-from launch.engine.fine_tuning import classifier_of, grad_checkpointing_switch
 from launch.engine.initial_weights import load_initial_weights
 from launch.engine.memory import check_batches_fit
-from launch.engine.optimizers import parameter_groups
 from launch.engine.sync_batchnorm import check_batch_norms, check_values_per_channel
 from launch.feed import Feed
 from launch.machine.provenance import device_name
 from launch.machine.world import World, broadcast_from_rank0
+from launch.optim.fine_tuning import classifier_of, grad_checkpointing_switch
+from launch.optim.optimizers import parameter_groups
 from launch.run.folder import will_resume
 from launch.run.saved_recipe import inherit_options, read_previous_start
+from launch.run.weights_files import best_weights_file
 from launch.teacher import load_teacher
 
 
@@ -77,7 +78,7 @@ def prepare_run(
     model = build_model(recipe, feed.classes)
     check_fine_tuning(model, recipe)
     check_batch_norms(model, recipe.parallel.sync_bn, world)
-    loaded = load_initial_weights(model, recipe, feed.class_list)
+    loaded = load_initial_weights(model, recipe, feed.class_list, file_of_run=best_weights_file)
     messages += [] if resumes else loaded
     teacher, teacher_messages = load_teacher(feed)
     messages += teacher_messages

@@ -8,10 +8,10 @@ from typing import NoReturn
 
 from launch.engine.engine import Engine
 from launch.engine.loss import SampleResults
-from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.monitor.metrics import Metrics
 from launch.monitor.pictures import FIRST_BATCH_NAME, HARDEST_NAME, save_evaluation, save_first_batch
+from launch.optim.schedule import lr_schedule
 from launch.profiling.profiler import StepProfiler
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested

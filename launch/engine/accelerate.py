@@ -1,6 +1,6 @@
 """Wrap model and optimizer with accelerate, for DDP or DeepSpeed's ZeRO.
 
-Only `launch/monitor/tracker_backends.py` calls accelerate too. `launch/engine/zero_state.py` accesses DeepSpeed's
+Only `launch/monitor/tracker_backends.py` calls accelerate too. `launch/optim/zero_state.py` accesses DeepSpeed's
 internal state.
 """
 

@@ -1,7 +1,7 @@
 """The engine: runs training steps and evaluations, on one process or several, with DDP or DeepSpeed's ZeRO.
 
 Related files: `launch/engine/execution.py` (how the model is executed), `launch/engine/accelerate.py` (wrapping),
-`launch/engine/zero_state.py` (access to DeepSpeed's state).
+`launch/optim/zero_state.py` (access to DeepSpeed's state).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.distillation import Distiller, Teacher
 from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
-from launch.engine.fine_tuning import backbone_modules, freeze_backbone, grad_checkpointing_switch
 from launch.engine.loss import SampleResults, autocast, evaluate_batches, training_loss
-from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, convert_sync_batchnorm
-from launch.engine.zero_state import OptimizerState
 from launch.machine.world import World
+from launch.optim.fine_tuning import backbone_modules, freeze_backbone, grad_checkpointing_switch
+from launch.optim.optimizers import OPTIMIZERS, Updater, parameter_groups
+from launch.optim.zero_state import OptimizerState
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
 
@@ -239,7 +239,7 @@ class Engine:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the canonical state (see `launch.engine.zero_state`) as full tensors on the CPU. Collective.
+        """Return the canonical state (see `launch.optim.zero_state`) as full tensors on the CPU. Collective.
 
         Rank 0 gets the state, other ranks an empty one. Training does not change the tensors, but the next call
         overwrites them.

@@ -20,9 +20,9 @@ from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
-from launch.engine.optimizers import OPTIMIZERS
 from launch.engine.sync_batchnorm import syncs_over_ranks
 from launch.machine.world import World
+from launch.optim.optimizers import OPTIMIZERS
 from shards.errors import UserError, first_line
 from shards.files.private_folder import create_private_folder
 from shards.files.temporary import temporary_folder

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from torch import nn
 
 import fat
@@ -9,17 +12,17 @@ from fat.weights.classifier import is_new_classifier
 from fat.weights.entries import listed
 from launch.config.recipe import Recipe
 from launch.models.weights import classifier_name, load_weights
-from launch.run.weights_files import best_weights_file
 from shards.errors import UserError
 
 
-def load_initial_weights(model: nn.Module, recipe: Recipe, classes: fat.ClassList) -> list[str]:
+def load_initial_weights(
+    model: nn.Module, recipe: Recipe, classes: fat.ClassList, *, file_of_run: Callable[[Path], Path]
+) -> list[str]:
     """Load the weights of `--weights`, if it is set; return messages: what was loaded, and what was not.
-
-    Of a run folder, the weights with the best accuracy are loaded.
 
     Args:
         classes: classes of the data set.
+        file_of_run: returns the weights file to load of a run folder.
 
     Raises:
         UserError: the file cannot be read, or its weights do not fit the model.
@@ -30,7 +33,7 @@ def load_initial_weights(model: nn.Module, recipe: Recipe, classes: fat.ClassLis
         return [unloaded] if recipe.model.freeze_backbone else []
     try:
         if path.is_dir():
-            path = best_weights_file(path)
+            path = file_of_run(path)
         info, notes = fat.read_info(path), load_weights(model, path, classes=classes)
     except UserError as error:
         raise UserError(f"--weights {error}") from error

@@ -22,8 +22,8 @@ import fat
 from fat.weights.save import write_weights
 from launch.config.recipe import Recipe
 from launch.engine.build import config_of
-from launch.engine.zero_state import weights_of
 from launch.feed import Feed
+from launch.optim.zero_state import weights_of
 from launch.run.checkpoint import CheckpointError
 from launch.run.progress import WEIGHTS_KINDS, Progress, WeightsKind
 from shards.errors import UserError, first_line
@@ -52,7 +52,7 @@ class WeightsFiles:
         """Write the weights of a canonical state as the last ones, and as the best ones if they are.
 
         Args:
-            state: see `launch.engine.zero_state`.
+            state: see `launch.optim.zero_state`.
             progress: the run's progress at this state.
 
         Raises:

@@ -14,10 +14,10 @@ import fat
 from launch.config.command_line import parse
 from launch.config.resilience import WatchdogConfig
 from launch.engine.engine import Engine
-from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.monitor.metrics import Metrics
+from launch.optim.schedule import lr_schedule
 from launch.profiling.profiler import StepProfiler
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates, linear probes and activation checkpointing (launch/engine/fine_tuning.py)."""
+"""Layer-wise learning rates, linear probes and activation checkpointing (launch/optim/fine_tuning.py)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from launch.config.errors import RecipeError
 from launch.config.optim import OptimConfig
 from launch.engine.engine import Engine
 from launch.engine.execution import Execution
-from launch.engine.fine_tuning import backbone_modules, classifier_of, layers_of, number_layers
-from launch.engine.optimizers import parameter_groups
 from launch.machine.world import World
+from launch.optim.fine_tuning import backbone_modules, classifier_of, layers_of, number_layers
+from launch.optim.optimizers import parameter_groups
 from launch.prepare import check_fine_tuning
 from tests.support.batches import SIZE, random_batch
-from tests.support.timm_models import require
 from tests.support.tiny_fat import TINY
+from tests.support.vision_libraries import vision_libraries  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
 ROWS = 4
@@ -77,8 +77,9 @@ def test_numbers_of_layers_follow_the_conventions_of_timm(matcher: object, expec
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0"])
+@pytest.mark.usefixtures("vision_libraries")
 def test_layer_wise_learning_rates_equal_timm_s(name: str) -> None:
-    timm = require()
+    import timm
     from timm.optim import param_groups_layer_decay
 
     with torch.device("meta"):

@@ -33,7 +33,7 @@ ONLY_IN = {
         "pipeline/augment/triton_impl/randaugment.py",
     },
     "accelerate": {"launch/engine/accelerate.py", "launch/monitor/tracker_backends.py"},
-    "deepspeed": {"launch/engine/zero_state.py"},
+    "deepspeed": {"launch/optim/zero_state.py"},
 }
 # Files that may only be imported inside functions.
 LAZY = ONLY_IN["triton"] | ONLY_IN["ffcv"]

@@ -12,6 +12,7 @@ from launch.config.model import ModelConfig
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.initial_weights import load_initial_weights
+from launch.run.weights_files import best_weights_file
 from shards.errors import UserError
 
 FOLDERS = ["cat", "dog", "owl"]
@@ -29,7 +30,7 @@ def loaded(path: Path, **options: object) -> tuple[float, list[str]]:
     """Return the classifier's bias after loading, and the messages."""
     recipe = Recipe(model=ModelConfig(weights=path, **options))
     model = build_model(recipe, len(FOLDERS))
-    messages = load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS))
+    messages = load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS), file_of_run=best_weights_file)
     return model.head.bias[0].item(), messages
 
 
@@ -60,7 +61,9 @@ def test_messages_name_what_was_not_loaded(tmp_path: Path) -> None:
 
 def test_random_backbone_that_is_not_trained_is_warned_about() -> None:
     recipe = Recipe(model=ModelConfig(freeze_backbone=True))
-    (message,) = load_initial_weights(build_model(recipe, 3), recipe, fat.ClassList.of(FOLDERS))
+    (message,) = load_initial_weights(
+        build_model(recipe, 3), recipe, fat.ClassList.of(FOLDERS), file_of_run=best_weights_file
+    )
     assert message == "warning: --freeze-backbone without --weights: the backbone keeps its random weights"
 
 

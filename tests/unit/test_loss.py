@@ -14,7 +14,7 @@ from launch.engine.loss import training_loss
 from pipeline.augment.pixels import mix_targets
 from pipeline.batch import Batch
 from tests.support.batches import CLASSES, random_batch
-from tests.support.timm_models import require
+from tests.support.vision_libraries import vision_libraries  # noqa: F401 - a fixture
 
 
 def batch_of(mixed: bool, rows: int = 6) -> tuple[Batch, torch.Tensor]:
@@ -28,8 +28,8 @@ def batch_of(mixed: bool, rows: int = 6) -> tuple[Batch, torch.Tensor]:
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.usefixtures("vision_libraries")
 def test_binary_cross_entropy_equals_timm_s(mixed: bool, smoothing: float, threshold: float | None) -> None:
-    require()
     from timm.loss import BinaryCrossEntropy
 
     batch, logits = batch_of(mixed)

@@ -1,4 +1,4 @@
-"""The EMA of the weights in `OptimizerState` (launch/engine/zero_state.py)."""
+"""The EMA of the weights in `OptimizerState` (launch/optim/zero_state.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from launch.engine.optimizers import OPTIMIZERS
-from launch.engine.zero_state import OptimizerState, average_decay
 from launch.machine.world import World
+from launch.optim.optimizers import OPTIMIZERS
+from launch.optim.zero_state import OptimizerState, average_decay
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Gradient clipping and optimizer update (launch/engine/optimizers.py) equal PyTorch's bit by bit, and LAMB timm's."""
+"""Gradient clipping and optimizer update (launch/optim/optimizers.py) equal PyTorch's bit by bit, and LAMB timm's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from launch.config.engine import OptimizerImpl
 from launch.config.optim import OptimConfig
-from launch.engine.optimizers import (
+from launch.optim.optimizers import (
     OPTIMIZERS,
     OptimizerSpec,
     Updater,
@@ -18,7 +18,7 @@ from launch.engine.optimizers import (
     parameter_groups,
     skip_if_not_finite,
 )
-from tests.support.timm_models import require
+from tests.support.vision_libraries import vision_libraries  # noqa: F401 - a fixture
 
 STEPS = 5
 
@@ -91,8 +91,8 @@ def test_update_equals_pytorch_bit_by_bit(optim: OptimConfig, max_norm: float, i
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
+@pytest.mark.usefixtures("vision_libraries")
 def test_lamb_equals_timm(max_norm: float) -> None:
-    require()
     from timm.optim import Lamb
 
     optim = OptimConfig(optimizer="lamb", weight_decay=0.02)

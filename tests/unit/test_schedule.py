@@ -1,4 +1,4 @@
-"""Learning-rate schedules (launch/engine/schedule.py): the released code's at 300 epochs, and laws of the others."""
+"""Learning-rate schedules (launch/optim/schedule.py): the released code's at 300 epochs, and laws of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launch.config.errors import RecipeError
 from launch.config.optim import OptimConfig, Schedule
-from launch.engine.schedule import lr_schedule
+from launch.optim.schedule import lr_schedule
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz"
 CONTINUOUS: list[Schedule] = ["cosine", "linear", "wsd", "constant"]

@@ -22,6 +22,7 @@ from launch.engine.initial_weights import load_initial_weights
 from launch.evaluate import main as evaluate
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.progress import Progress
+from launch.run.weights_files import best_weights_file
 from launch.train import main as train
 from shards.errors import UserError
 from tests.support.damage import edit_manifest
@@ -387,7 +388,8 @@ def test_fine_tuning_keeps_reorders_or_replaces_the_classifier_by_its_classes(
     weights = constant_weights(tmp_path / "w.safetensors", 3, info=info)
     recipe = Recipe(model=ModelConfig(weights=weights))
     model = build_model(recipe, 10)
-    assert [line for line in load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS)) if message in line]
+    messages = load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS), file_of_run=best_weights_file)
+    assert [line for line in messages if message in line]
     ones = (model.head.bias == 1).nonzero().flatten().tolist()
     assert ones == ([] if bias is None else [bias])
 

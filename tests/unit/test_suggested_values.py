@@ -11,10 +11,10 @@ import torch
 
 from launch.config.command_line import parse
 from launch.engine.execution import Execution
-from launch.engine.schedule import lr_schedule
 from launch.engine.sync_batchnorm import check_values_per_channel, convert_sync_batchnorm
 from launch.feed import Feed
 from launch.machine.world import World
+from launch.optim.schedule import lr_schedule
 from pipeline.batch_shape import BatchShape, PlanError, check_enough_samples
 from shards.errors import UserError
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from launch.config.engine import OptimizerImpl
 from launch.config.optim import OptimConfig
-from launch.engine.fine_tuning import classifier_of, layers_of
-from launch.engine.lamb import Lamb, lamb_update
+from launch.optim.fine_tuning import classifier_of, layers_of
+from launch.optim.lamb import Lamb, lamb_update
 
 Groups = list[dict[str, Any]]
 States = dict[str, list[Tensor]]

@@ -17,10 +17,7 @@ from launch.config.errors import RecipeError
 
 _JOINS_PREVIOUS = 99999
 """Last number of a key in timm's `group_matcher` that belongs to the previous layer (`MATCH_PREV_GROUP`)."""
-_FAT_BLOCKS = r"^stages\.(\d+)\.blocks\.(\d+)"
-# FAT's layers, in the format of timm's `group_matcher`. Parameters that match no pattern belong to the last layer.
-FAT_LAYERS = {"stem": r"^stem", "blocks": [(_FAT_BLOCKS, None), (r"^norm", (_JOINS_PREVIOUS,))]}
-# Names of the classifier in FAT and in torchvision's models, which have no `get_classifier`.
+# Names of the classifier in torchvision's models, which have no `get_classifier`.
 _CLASSIFIERS = ("head", "fc", "classifier", "heads")
 
 
@@ -30,16 +27,13 @@ def layers_of(model: nn.Module) -> dict[str, int]:
     Raises:
         RecipeError: the order of the model's layers is unknown.
     """
-    names = [name for name, _ in model.named_parameters()]
     matcher: Any = getattr(model, "group_matcher", None)
-    if matcher is not None:
-        return number_layers(names, matcher(coarse=False))
-    if not any(re.match(_FAT_BLOCKS, name) for name in names):
+    if matcher is None:
         raise RecipeError(
             f"--layer-decay: the order of the layers of {type(model).__name__} is unknown; use --layer-decay 1, or a "
             "model with timm's method group_matcher"
         )
-    return number_layers(names, FAT_LAYERS)
+    return number_layers([name for name, _ in model.named_parameters()], matcher(coarse=False))
 
 
 def number_layers(names: Iterable[str], matcher: Any) -> dict[str, int]:
@@ -47,7 +41,8 @@ def number_layers(names: Iterable[str], matcher: Any) -> dict[str, int]:
 
     Args:
         matcher: result of timm's `group_matcher`: a dictionary of patterns, whose groups are numbers, in order of
-            depth; instead of a pattern, a list of (pattern, suffix) is allowed. Or a function from names to keys.
+            depth; instead of a pattern, a list of (pattern, suffix) is allowed. Names that match no pattern belong to
+            the last layer. Or a function from names to keys.
     """
     key_of: Callable[[str], Any] = _key_function(matcher) if isinstance(matcher, dict) else matcher
     keys = {name: _as_tuple(key_of(name)) for name in names}

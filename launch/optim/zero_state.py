@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.config.errors import RecipeError
-from launch.engine.optimizers import OptimizerSpec, clip_by_norm, create_state, skip_if_not_finite
 from launch.machine.world import World
+from launch.optim.optimizers import OptimizerSpec, clip_by_norm, create_state, skip_if_not_finite
 
 AVERAGE = "ema"
 

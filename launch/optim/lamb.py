@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Lamb(torch.optim.Optimizer):
-    """Parameter groups and state of LAMB. `launch.engine.optimizers.Updater` computes the update."""
+    """Parameter groups and state of LAMB. `launch.optim.optimizers.Updater` computes the update."""
 
     def __init__(self, groups: Any, *, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})

@@ -1,0 +1,1 @@
+"""The optimizer: learning rates, updates and state."""
