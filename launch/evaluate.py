@@ -45,6 +45,8 @@ from launch.engine.memory import check_device_memory
 from launch.evaluated_model import load_model, training_data
 from launch.evaluation_results import show, summarize
 from launch.machine.world import World, connect, run_command
+from launch.models.create import outputs_of
+from launch.models.specification import ModelSpec
 from launch.run.evaluation_record import EvaluationInfo, EvaluationRecord
 from pipeline.batch import Batch
 from pipeline.loader import EvalLoader, LoaderOptions
@@ -64,9 +66,12 @@ PROG = "launch/evaluate.py"
 class Evaluate:
     """Evaluate a run, a checkpoint or a weights file."""
 
-    model: tyro.conf.Positional[Path]
+    weights: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="WEIGHTS")]]
     """Run folder (its newest checkpoint is evaluated, or its best weights with --best), checkpoint folder, or weights
     file: .safetensors, or a checkpoint written by torch.save, including those of other training programs."""
+    model: Annotated[str | None, default("that of the weights")] = None
+    """Name of the model, as in training. Required for package.module:function, whose code a weights file alone must not
+    choose, and for files of other programs that do not contain a FAT."""
     data: Annotated[str | None, default("that of the run's training, else $FAT_DATA, else ./imagenet-shards")] = None
     """Shard set: a folder or a URL."""
     set_digest: Annotated[str | None, default("not checked")] = None
@@ -123,14 +128,17 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         raise UserError(f"{dataset.path}: no split '{command.split}' (it has: {known}); use --split train")
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
-    found = load_model(command.model, average=command.average, best=command.best)
+    given = None if command.model is None else ModelSpec.parse(command.model)
+    found = load_model(command.weights, average=command.average, best=command.best, given=given)
     entries = dataset.manifest.classes
     classes = fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
     model = found.model
-    mapped, class_notes = map_classes(
-        found.info.classes, model.config.num_classes, classes, model=command.model, data=dataset.path
-    )
     size, crop_pct = command.size or found.size, command.crop_pct or found.crop_pct
+    if command.fuse and not isinstance(model, fat.FAT):
+        raise UserError(f"--fuse: folds BatchNorm of a FAT, but the model is {given or found.info.model}; omit --fuse")
+    mapped, class_notes = map_classes(
+        found.info.classes, outputs_of(model, size), classes, model=command.weights, data=dataset.path
+    )
     notes = [*found.notes, *class_notes]
     if world.is_main:
         step = "" if found.info.step is None else f", step {found.info.step:,}"
@@ -143,7 +151,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     images = 4.0 * 3 * size**2 * command.batch  # bytes of the float32 images
     check_device_memory(f"--batch {command.batch}, --size {size}", images, "use a smaller --batch", world)
     model = model.eval().to(world.device)
-    if command.fuse:
+    if command.fuse and isinstance(model, fat.FAT):
         model = fat.fuse(model)
     _, precision = zero_and_precision(ParallelConfig(precision=command.precision), world.device, ranks=world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -198,7 +206,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
 
 def _data(command: Evaluate) -> DataConfig:
     """Return the data options of the command; the data set is by default that of the run's training."""
-    trained = training_data(command.model) if command.data is None else None
+    trained = training_data(command.weights) if command.data is None else None
     trained = trained or DataConfig(data=command.data)
     return DataConfig(
         data=trained.data,

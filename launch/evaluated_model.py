@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import fat
 from launch.config.data import DataConfig
+from launch.models.specification import ModelSpec, spec_in_file
+from launch.models.weights import load_model_file, restore_model
 from launch.optim.zero_state import weights_of
 from launch.run.checkpoint import META, STATE, Checkpoint, open_checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
@@ -28,7 +30,7 @@ MAX_ERROR = 200  # maximum characters of PyTorch's message, which lists all tens
 class EvaluatedModel:
     """Model to evaluate, and its description."""
 
-    model: fat.FAT
+    model: nn.Module
     source: Path
     """Path of the weights file or checkpoint."""
     info: fat.WeightsInfo
@@ -61,13 +63,16 @@ class EvaluatedModel:
         return self.info.std or self.defaults.augmentation().std
 
 
-def load_model(path: Path, *, average: bool = False, best: bool = False) -> EvaluatedModel:
+def load_model(
+    path: Path, *, average: bool = False, best: bool = False, given: ModelSpec | None = None
+) -> EvaluatedModel:
     """Load a model, with the classes and the preprocessing that it was trained with.
 
     Args:
         path: weights file, run folder (its newest checkpoint) or checkpoint folder.
         average: load the EMA of the run instead of its weights.
         best: load the best weights of the run instead of those of its newest checkpoint.
+        given: model that the user named (`launch.models.weights.load_model_file`).
 
     Raises:
         UserError: `path` is not a weights file, a run folder or a checkpoint folder, or cannot be read.
@@ -76,16 +81,16 @@ def load_model(path: Path, *, average: bool = False, best: bool = False) -> Eval
         raise UserError(f"{path}: no such run folder, checkpoint or weights file")
     try:
         if best:
-            return _load_best(path, average=average)
+            return _load_best(path, average=average, given=given)
         if path.name == STATE and (path.parent / META).exists():
             path = path.parent  # the state of a checkpoint: the metadata beside it has its hash
         if path.is_dir():
-            return _load_checkpoint(path, average=average)
+            return _load_checkpoint(path, average=average, given=given)
         if average:
             name = weights_file(path.parent, "last", "average").name
             raise UserError(f"{path}: --average requires a run folder; evaluate the run folder, or its {name}")
-        return _load_weights_file(path)
-    except (ValueError, OSError) as error:
+        return _load_weights_file(path, given)
+    except (UserError, ValueError, OSError) as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
 
@@ -102,21 +107,18 @@ def training_data(path: Path) -> DataConfig | None:
     return read_saved_run(run).recipe.data if (run / RECIPE_NAME).exists() else None
 
 
-def _load_best(path: Path, *, average: bool) -> EvaluatedModel:
+def _load_best(path: Path, *, average: bool, given: ModelSpec | None) -> EvaluatedModel:
     file = weights_file(path, "best", "average" if average else "weights")
     if not file.is_file():
         raise UserError(
             f"{path}: contains no {file.name}; --best requires a run folder whose "
             f"{'moving average (--ema) has' if average else 'weights have'} been evaluated; omit --best"
         )
-    return _load_weights_file(file)
+    return _load_weights_file(file, given)
 
 
-def _load_weights_file(path: Path) -> EvaluatedModel:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = fat.load_model(path)
-    info, notes = fat.read_info(path), [str(warning.message) for warning in caught]
+def _load_weights_file(path: Path, given: ModelSpec | None) -> EvaluatedModel:
+    model, info, notes = load_model_file(path, given)
     found = EvaluatedModel(model, path, info, bool(info.ema))
     if info.size is None:
         size = found.size
@@ -126,17 +128,28 @@ def _load_weights_file(path: Path) -> EvaluatedModel:
     return dataclasses.replace(found, notes=tuple(notes))
 
 
-def _load_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
+def _load_checkpoint(path: Path, *, average: bool, given: ModelSpec | None) -> EvaluatedModel:
     run, found, notes = _find_checkpoint(path)
     info = found.info()
-    if info.config is None or info.size is None or info.crop_pct is None:
+    if (info.config is None and info.model is None) or info.size is None or info.crop_pct is None:
         raise UserError(f"{found.path}: does not record the model's dimensions; evaluate a weights file of the run")
     # Copies, because the tensors of the state share its memory, which includes that of the optimizer.
     values = {name: value.clone() for name, value in weights_of(found.load(), average=average).items()}
     if average and not values:
         raise UserError(f"{found.path}: trained without a moving average (--ema); omit --average")
+    model = _restore(found.path, info, values, given)
+    classes = None if info.classes is None else restore_class_names(run, info.classes)
+    info = dataclasses.replace(info, classes=classes, step=found.progress.step)
+    return EvaluatedModel(model, found.path, info, average, notes)
+
+
+def _restore(path: Path, info: fat.WeightsInfo, values: dict[str, Tensor], given: ModelSpec | None) -> nn.Module:
+    """Create the model of a checkpoint from its metadata, and load its tensors into it."""
+    if info.config is None:
+        spec = spec_in_file(info.model or "", given)
+        return restore_model(spec, path, values, outputs=info.classes.count if info.classes is not None else 1)
     if "head.bias" not in values:
-        raise UserError(f"{found.path}: contains no classifier (head.bias); use another run folder")
+        raise UserError(f"{path}: contains no classifier (head.bias); use another run folder")
     config = dataclasses.replace(info.config, num_classes=len(values["head.bias"]))
     with torch.device("meta"):  # allocates nothing: a damaged config could request far more memory than the tensors
         model = fat.FAT(config)
@@ -145,12 +158,10 @@ def _load_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:MAX_ERROR]
         raise UserError(
-            f"{found.path}: its tensors do not match the model dimensions in its header ({reason}); evaluate another "
+            f"{path}: its tensors do not match the model dimensions in its header ({reason}); evaluate another "
             "checkpoint, or a weights file of the run"
         ) from error
-    classes = None if info.classes is None else restore_class_names(run, info.classes)
-    info = dataclasses.replace(info, classes=classes, step=found.progress.step)
-    return EvaluatedModel(model, found.path, info, average, notes)
+    return model
 
 
 def _find_checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +10,13 @@ import xxhash
 from torch import nn
 
 import fat
-from fat.weights.load import read_weights
 from launch.class_mapping import map_classes
 from launch.engine.distillation import Channels, Teacher
 from launch.feed import Feed
-from launch.models.create import trial
-from launch.models.specification import ModelSpec, spec_in_file
-from launch.models.weights import restore_model
-from launch.run.progress import WEIGHTS_KINDS
-from launch.run.weights_files import weights_file
+from launch.models.create import outputs_of
+from launch.models.specification import ModelSpec
+from launch.models.weights import load_model_file
+from launch.run.weights_files import best_weights_file
 from shards.errors import UserError
 
 
@@ -34,13 +31,13 @@ def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
         return None, []
     path, given = _source(config.teacher, config.teacher_weights)
     try:
-        model, info, notes = _load(path, given)
-        _, _, output = trial(model, size)
+        model, info, notes = load_model_file(path, given, request=f"use --teacher {{}} --teacher-weights {path}")
+        of_teacher = outputs_of(model, size)
     except (UserError, ValueError, OSError) as error:
         text = str(error)
         raise UserError(f"--teacher: {text if text.startswith(str(path)) else f'{path}: {text}'}") from error
     classes, data = feed.class_list, Path(str(feed.dataset.path))
-    outputs, class_notes = map_classes(info.classes, output.shape[1], classes, model=path, data=data)
+    outputs, class_notes = map_classes(info.classes, of_teacher, classes, model=path, data=data)
     mean, std = feed.augment.mean, feed.augment.std
     own_mean, own_std = _normalization(model, info) or (mean, std)
     if info.size is not None and info.size != size:
@@ -67,39 +64,14 @@ def _source(teacher: str, weights: Path | None) -> tuple[Path, ModelSpec | None]
             raise UserError(f"--teacher {teacher}: has weights itself; omit --teacher-weights, or name a model")
         if path.is_file():
             return path, None
-        return _best_weights(path), None
+        return best_weights_file(path), None
     try:
         spec = ModelSpec.parse(teacher)
     except UserError as error:
         raise UserError(f"--teacher {teacher}: no such file or folder, and {str(error).partition(': ')[2]}") from None
     if weights is None:
         raise UserError(f"--teacher {teacher}: an untrained model teaches nothing; set --teacher-weights FILE")
-    return _best_weights(weights) if weights.is_dir() else weights, spec
-
-
-def _best_weights(run: Path) -> Path:
-    """Return the file of a run's weights, or of their EMA, with the higher accuracy; the last if none is evaluated."""
-    best = [path for kind in WEIGHTS_KINDS if (path := weights_file(run, "best", kind)).is_file()]
-    last = [path for kind in WEIGHTS_KINDS if (path := weights_file(run, "last", kind)).is_file()]
-    if not best + last:
-        raise UserError(f"--teacher {run}: has no {weights_file(run, 'best').name}; use a run folder or a weights file")
-    try:
-        return max(best, key=lambda path: fat.read_info(path).top1 or 0.0) if best else last[0]
-    except (ValueError, OSError) as error:
-        raise UserError(f"--teacher: {error}") from error
-
-
-def _load(path: Path, given: ModelSpec | None) -> tuple[nn.Module, fat.WeightsInfo, list[str]]:
-    info = fat.read_info(path)
-    if info.model is not None:
-        given = spec_in_file(info.model, given, request=f"use --teacher {{}} --teacher-weights {path}")
-    if given is None or given.is_fat:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            return fat.load_model(path), info, [str(warning.message) for warning in caught]
-    weights = read_weights(path)
-    outputs = info.classes.count if info.classes is not None else 1  # `restore_model` finds the number
-    return restore_model(given, path, weights.tensors, outputs=outputs), info, list(weights.notes)
+    return best_weights_file(weights) if weights.is_dir() else weights, spec
 
 
 def _normalization(model: nn.Module, info: fat.WeightsInfo) -> tuple[Channels, Channels] | None:

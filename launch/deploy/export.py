@@ -22,6 +22,7 @@ import fat
 from fat.inference.transform import BICUBIC
 from fat.weights.save import write_weights
 from launch.deploy.weights_file import load_weights_file
+from launch.models.specification import ModelSpec
 from shards.command import PROJECT
 from shards.errors import UserError, explain_os_errors
 from shards.files.durable import sync_folder
@@ -75,6 +76,8 @@ def export_file(
     Raises:
         UserError: the exported file computes other logits, or cannot be written; nothing is left at `out`.
     """
+    if fuse and not isinstance(model, fat.FAT):
+        raise UserError(f"--fuse: folds BatchNorm of a FAT, but the model is {info.model}; omit --fuse")
     transform = fat.ImageTransform.of(info)
     info = dataclasses.replace(
         info,
@@ -84,7 +87,7 @@ def export_file(
         mean=transform.mean,
         std=transform.std,
     )
-    exported = fat.fuse(model) if fuse and isinstance(model, fat.FAT) else model
+    exported = fat.fuse(model) if isinstance(model, fat.FAT) and fuse else model
     metadata = export_metadata(info, transform, outputs=_run(model, 1, transform.size).shape[1])
     with (
         explain_os_errors(out, "then run the same command"),
@@ -104,7 +107,7 @@ def export_file(
             with _quiet():
                 fat.export_onnx(exported, file, size=size, metadata=metadata, verbose=False)
         progress.begin("comparing the file with the model")
-        _check(model, _load(file, target), transform.size, out)
+        _check(model, _load(file, target, info.model), transform.size, out)
         with file.open("rb+") as content:
             os.fsync(content.fileno())
         file.replace(out)
@@ -125,10 +128,10 @@ def export_metadata(info: fat.WeightsInfo, transform: fat.ImageTransform, output
     }
 
 
-def _load(file: Path, target: Format) -> Program:
+def _load(file: Path, target: Format, model: str | None) -> Program:
     """Return the function that an exported file computes."""
     if target == "safetensors":
-        return load_weights_file(file)[0]
+        return load_weights_file(file, None if model is None else ModelSpec.parse(model))[0]
     if target == "torch-export":
         return torch.export.load(file).module()
     import onnxruntime

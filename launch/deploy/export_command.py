@@ -24,6 +24,9 @@ class Export:
     weights: Positional[Annotated[Path, arg(metavar="WEIGHTS")]]
     """Weights file, or run folder. The best weights of a run are used: of the trained ones and their moving average
     (EMA), those with the higher accuracy; without an evaluation, the last ones."""
+    model: Annotated[str | None, default("that of the weights")] = None
+    """Name of the model, as in training. Required for package.module:function, whose code a weights file alone must not
+    choose, and for files of other programs that do not contain a FAT."""
     to: Literal["onnx", "torch-export", "safetensors"] = "onnx"
     """Format of the file."""
     out: Annotated[Path | None, default("the model's name in the current folder, such as fat_b0.onnx")] = None
@@ -37,13 +40,14 @@ class Export:
     def run(self) -> int:
         from launch.deploy.export import SUFFIXES, check_export, export_file
         from launch.deploy.weights_file import find_weights, load_weights_file
+        from launch.models.specification import ModelSpec
 
         with Phases("export") as progress:
             path = find_weights(self.weights, ema=self.ema)
             if self.out is not None:
                 check_export(path, self.out, self.to)
             progress.begin(f"loading {path}")
-            model, info, notes = load_weights_file(path)
+            model, info, notes = load_weights_file(path, None if self.model is None else ModelSpec.parse(self.model))
             name = "model" if info.model is None else info.model.rpartition("/")[2]
             out = self.out or Path(f"{name}{SUFFIXES[self.to]}")
             check_export(path, out, self.to)

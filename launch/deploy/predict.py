@@ -42,6 +42,9 @@ class Predict:
     images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]]
     """Image files, folders (with all folders in them), and quoted patterns such as 'photos/*.jpg'. - reads an image,
     or the names of files (one per line, or separated by NUL), from standard input."""
+    model: Annotated[str | None, default("that of the weights")] = None
+    """Name of the model, as in training. Required for package.module:function, whose code a weights file alone must not
+    choose, and for files of other programs that do not contain a FAT."""
     top: Annotated[int, Interval(ge=1, le=1000)] = 5
     """Number of classes to show per image, most probable first."""
     json: Annotated[Path | None, default("not written")] = None
@@ -70,6 +73,7 @@ class Predict:
         from launch.deploy.classify import Classifier
         from launch.deploy.images import find_images
         from launch.deploy.weights_file import find_weights, load_weights_file
+        from launch.models.specification import ModelSpec
         from shards.cores import cores
 
         if self.json is not None:
@@ -79,7 +83,7 @@ class Predict:
         device = choose_device(self.device)
         path = find_weights(self.weights, ema=self.ema)
         images, others = find_images(self.images, sys.stdin.buffer)
-        model, info, notes = load_weights_file(path)
+        model, info, notes = load_weights_file(path, None if self.model is None else ModelSpec.parse(self.model))
         try:
             transform = fat.ImageTransform.of(info, size=self.size, crop_pct=self.crop_pct)
         except ValueError as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 
 from torch import nn
 
 import fat
+from launch.models.specification import ModelSpec
+from launch.models.weights import load_model_file
 from launch.run.saved_recipe import restore_class_names
 from launch.run.weights_files import best_weights_file, weights_file
 from shards.errors import UserError, storage_error
@@ -40,8 +41,11 @@ def find_weights(path: Path, *, ema: bool = False) -> Path:
     raise UserError(f"{path}: contains no {last.name}; omit --ema, unless the run was trained with a moving average")
 
 
-def load_weights_file(path: Path) -> tuple[nn.Module, fat.WeightsInfo, tuple[str, ...]]:
+def load_weights_file(path: Path, given: ModelSpec | None = None) -> tuple[nn.Module, fat.WeightsInfo, tuple[str, ...]]:
     """Create the model of a weights file, in eval mode.
+
+    Args:
+        given: model that the user named (`launch.models.weights.load_model_file`).
 
     Returns:
         The model, which maps normalised images [B, 3, H, W] to logits; the metadata, with class names from the run
@@ -51,18 +55,12 @@ def load_weights_file(path: Path) -> tuple[nn.Module, fat.WeightsInfo, tuple[str
         UserError: the file is invalid, or its model cannot be created.
     """
     try:
-        info = fat.read_info(path)
-        if info.config is None and info.model is not None:
-            raise UserError(f"{path}: holds {info.model}, which cannot be created; expected a FAT")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = fat.load_model(path)
-    except (ValueError, OSError) as error:
+        model, info, notes = load_model_file(path, given)
+    except (UserError, ValueError, OSError) as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
     if info.classes is not None:
         info = dataclasses.replace(info, classes=restore_class_names(path.parent, info.classes))
-    notes = [str(warning.message) for warning in caught]
     if info.size is None:
         notes.append(f"{path}: does not record the image size of its training")
     return model, info, tuple(notes)

@@ -116,6 +116,20 @@ def trial(model: nn.Module, size: int) -> tuple[nn.Module, Tensor, Any]:
     ) from failure
 
 
+def outputs_of(model: nn.Module, size: int) -> int:
+    """Return the number of outputs of a classifier for images of `size` x `size` pixels.
+
+    Raises:
+        UserError: the model does not support images of this size, or its output is not [B, N].
+    """
+    if isinstance(model, fat.FAT):
+        return model.num_classes
+    _, _, output = trial(model, size)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise UserError(f"the model {type(model).__name__} does not return logits, a tensor of shape [{ROWS}, outputs]")
+    return output.shape[1]
+
+
 def _timm_model(spec: ModelSpec) -> Callable[..., Any]:
     try:
         import timm

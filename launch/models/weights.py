@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import fat
 from fat.weights.classifier import choose_rows, difference
 from fat.weights.load import load_tensors, read_weights
 from launch.models.create import create_model
-from launch.models.specification import ModelSpec
+from launch.models.specification import ModelSpec, spec_in_file
 
 
 def load_weights(model: nn.Module, path: Path, *, classes: fat.ClassList) -> tuple[str, ...]:
@@ -84,3 +85,29 @@ def restore_model(spec: ModelSpec, path: Path, tensors: Mapping[str, Tensor], *,
         model = create_model(spec, num_classes=len(weight))
     load_tensors(path, tensors, model)
     return model.eval()
+
+
+def load_model_file(
+    path: Path, given: ModelSpec | None = None, *, request: str = "add --model {}"
+) -> tuple[nn.Module, fat.WeightsInfo, list[str]]:
+    """Create the model of a weights file, which is not trusted, in eval mode; return it, its metadata and messages.
+
+    Args:
+        given: model that the user named; required for a model of a function (`spec_in_file`), and for files without
+            metadata that are not those of a FAT.
+        request: see `spec_in_file`.
+
+    Raises:
+        ValueError, OSError: the file is invalid or cannot be read.
+        UserError: the model cannot be created, or must be named by the user.
+    """
+    info = fat.read_info(path)
+    if info.model is not None and (info.config is None or given is not None):
+        given = spec_in_file(info.model, given, request=request)
+    if given is None or given.is_fat:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return fat.load_model(path), info, [str(warning.message) for warning in caught]
+    weights = read_weights(path)
+    outputs = info.classes.count if info.classes is not None else 1  # `restore_model` finds the number
+    return restore_model(given, path, weights.tensors, outputs=outputs), info, list(weights.notes)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-DATA = ["--variant", "b0", "--size", "32", "--global-batch", "8"]
+FAT = ["--variant", "b0"]
+DATA = ["--size", "32", "--global-batch", "8"]
 TRAINING = [*DATA, "--warmup-epochs", "0", "--stop-after", "2", "--log-every", "1"]
 PROCESSES = {"8": "2", "16": "2"}
 
@@ -19,12 +20,13 @@ def shortened(name: str, arguments: list[str]) -> list[str]:
     if name == "accelerate":
         arguments = [PROCESSES.get(word, word) for word in arguments]
     script = next((word for word in arguments if word.endswith((".py", "launch.submit"))), "")
+    model = [] if "--model" in arguments else FAT
     if script == "launch/train.py":
-        return arguments + TRAINING
+        return arguments + model + TRAINING
     if name == "pipeline" and arguments[:1] in (["bench"], ["tune"]):
         end = arguments.index("--") if "--" in arguments else len(arguments)
         shorter = ["--steps", "2"] if arguments[0] == "bench" else ["--seconds", "1"]
-        return [*arguments[:end], *shorter, "--", *arguments[end + 1 :], *DATA]
+        return [*arguments[:end], *shorter, "--", *arguments[end + 1 :], *model, *DATA]
     if name == "pipeline" and arguments[:2] == ["sample", "photos"] and "60" not in arguments:
         return [*arguments, "--count", "40"]
     return arguments

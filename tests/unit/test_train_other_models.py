@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.engine.engine import Engine
+from launch.evaluate import main as evaluate
 from launch.train import main as train
 from tests.support.commands import SMALL, run, run_pipeline
 from tests.support.launching import lines
@@ -83,6 +84,33 @@ def test_a_resumed_run_is_bit_identical(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert any(not torch.equal(whole[key], value) for key, value in state(tmp_path / "whole", 2).items())
     assert not any("mask" in key for key in whole)  # a buffer that is not in the model's state_dict
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", f"{HERE}:with_classifier"])
+def test_a_run_is_evaluated_and_exported(
+    tmp_path: Path,
+    digits: Path,
+    trained: Callable[..., Steps],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    vision_libraries: None,  # noqa: F811
+) -> None:
+    """As a run, as a checkpoint and as an exported file; a function only if the user names it."""
+    out, exported, figures = tmp_path / "run", tmp_path / "exported.safetensors", tmp_path / "figures.json"
+    trained(out, "--model", name, "--stop-after", "2")
+    top1 = lines(out, "eval")[-1]["top1"]
+    named = ("--model", name) if ":" in name else ()
+    run_pipeline("export", out, "--to", "safetensors", "--out", exported, *named)
+    for path in (out, out / "weights-best.safetensors", exported):
+        assert run(evaluate, path, "--data", digits, "--json", figures, *named) == 0
+        assert json.loads(figures.read_text())["top1"] == pytest.approx(top1)
+    capsys.readouterr()
+    assert run(evaluate, out, "--data", digits, "--fuse", *named) == 2
+    assert f"--fuse: folds BatchNorm of a FAT, but the model is {name}" in capsys.readouterr().err
+    if named:
+        for path in (out, exported):
+            assert run(evaluate, path, "--data", digits) == 2
+            assert f"if you trust this code, add --model {name}" in capsys.readouterr().err
 
 
 def test_another_model_cannot_resume_the_run(
