@@ -50,11 +50,11 @@ from launch.profiling.profiler import StepProfiler
 from launch.resilience.foreign_files import check_run_folder
 from launch.resilience.preempt import Preemption, deadline
 from launch.resilience.preflight import preflight
+from launch.resilience.run_lock import FolderLock
 from launch.resilience.stop_signals import Phase, StopSignals, Unsaved
 from launch.resilience.watchdog import Watchdog
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS, RunFolder
-from launch.run.lock import FolderLock
 from launch.run.progress import Progress
 from launch.run.status import (
     EXIT_STATUS,

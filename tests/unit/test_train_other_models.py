@@ -86,14 +86,10 @@ def test_a_resumed_run_is_bit_identical(
     assert not any("mask" in key for key in whole)  # a buffer that is not in the model's state_dict
 
 
+@pytest.mark.usefixtures("vision_libraries")
 @pytest.mark.parametrize("name", ["timm/test_resnet", f"{HERE}:with_classifier"])
 def test_a_run_is_evaluated_and_exported(
-    tmp_path: Path,
-    digits: Path,
-    trained: Callable[..., Steps],
-    name: str,
-    capsys: pytest.CaptureFixture[str],
-    vision_libraries: None,  # noqa: F811
+    tmp_path: Path, digits: Path, trained: Callable[..., Steps], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a run, as a checkpoint and as an exported file; a function only if the user names it."""
     out, exported, figures = tmp_path / "run", tmp_path / "exported.safetensors", tmp_path / "figures.json"
