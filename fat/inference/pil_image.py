@@ -39,7 +39,9 @@ def rgb_pixels(image: Image) -> Tensor:
         from PIL import ImageCms
 
         image = image if image.mode == profile.input_mode else image.convert(profile.input_mode)
-        image = ImageCms.applyTransform(image, profile)
+        converted = ImageCms.applyTransform(image, profile)
+        assert converted is not None  # it is, because the transform is not in place
+        image = converted
     return _tensor(image.convert("RGB"), 3)
 
 
@@ -83,7 +85,7 @@ def _to_srgb(image: Image) -> ImageCmsTransform | None:
         srgb = ImageCms.createProfile("sRGB")
         if mode == "LAB":
             return ImageCms.buildTransform(ImageCms.createProfile("LAB"), srgb, "LAB", "RGB")
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
         if opened.profile.xcolor_space != space or "sRGB" in (opened.profile.profile_description or ""):
             return None
         return ImageCms.buildTransform(opened, srgb, mode, "RGB")

@@ -125,11 +125,10 @@ class ImageTransform:
         from PIL import Image
 
         # Rounding errors may move the region's border outside the window.
-        ends = (min(side.start + side.extent, side.high - side.low) for side in (columns, rows))
+        right, bottom = (min(side.start + side.extent, side.high - side.low) for side in (columns, rows))
         source: Any = window.permute(1, 2, 0).numpy().copy()
-        resized = Image.fromarray(source).resize(
-            (self.size, self.size), Image.Resampling.BICUBIC, (columns.start, rows.start, *ends)
-        )
+        box = (columns.start, rows.start, right, bottom)
+        resized = Image.fromarray(source).resize((self.size, self.size), Image.Resampling.BICUBIC, box)
         return rgb_pixels(resized)
 
     def _sides(self, height: int, width: int) -> tuple[_Side, _Side]:

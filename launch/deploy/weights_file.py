@@ -33,7 +33,7 @@ def find_weights(path: Path, *, ema: bool = False) -> Path:
             raise UserError(f"{path}: no such run folder or weights file")
         if not ema:
             return best_weights_file(path)
-        best, last = (weights_file(path, which, "average") for which in ("best", "last"))  # type: ignore[arg-type]
+        best, last = (weights_file(path, which, "average") for which in ("best", "last"))
         if best.is_file() or last.is_file():
             return best if best.is_file() else last
     except OSError as error:

@@ -65,6 +65,7 @@ def test_safetensors_file_holds_the_weights_and_describes_them(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_torch_export_file_accepts_any_batch_and_describes_itself(weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.pt2"
     assert exported(weights, out, "--to", "torch-export", "--fuse") == 0
