@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fat
 from fat.inference.transform import BICUBIC
+from fat.model import MIN_SIZE
 from fat.weights.save import write_weights
 from launch.deploy.weights_file import load_weights_file
 from launch.models.specification import ModelSpec
@@ -87,6 +88,9 @@ def export_file(
         mean=transform.mean,
         std=transform.std,
     )
+    # A FAT accepts any size, but at the smallest one its graph is another (`fat.export_program`).
+    any_size = isinstance(model, fat.FAT) and transform.size > MIN_SIZE
+    size = None if any_size else transform.size
     exported = fat.fuse(model) if isinstance(model, fat.FAT) and fuse else model
     metadata = export_metadata(info, transform, outputs=_run(model, 1, transform.size).shape[1])
     with (
@@ -99,11 +103,10 @@ def export_file(
             write_weights(file, model.state_dict(), info, metadata)
         elif target == "torch-export":
             progress.begin("tracing the model")
-            program = fat.export_program(exported, size=None if isinstance(model, fat.FAT) else transform.size)
+            program = fat.export_program(exported, size=size)
             torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
         else:
             progress.begin("tracing and translating the model, which takes up to a minute")
-            size = None if isinstance(model, fat.FAT) else transform.size
             with _quiet():
                 fat.export_onnx(exported, file, size=size, metadata=metadata, verbose=False)
         progress.begin("comparing the file with the model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_model_that_is_no_fat_is_exported_at_its_image_size(tmp_path: Path) -> N
     check_metadata(json.loads(files["metadata.json"]))
     images = torch.randn(3, 3, 64, 64)
     torch.testing.assert_close(program(images), model(images))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fat_of_the_smallest_size_is_exported_at_this_size(tmp_path: Path) -> None:
+    model = write_weights(tmp_path / "w.safetensors", info=dataclasses.replace(INFO, size=32))
+    assert exported(tmp_path / "w.safetensors", tmp_path / "a.pt2", "--to", "torch-export") == 0
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "a.pt2").module()(images)
+        torch.testing.assert_close(found, model(images), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
