@@ -83,7 +83,7 @@ def load_model(
         if best:
             return _load_best(path, average=average, given=given)
         if path.name == STATE and (path.parent / META).exists():
-            path = path.parent  # the state of a checkpoint: the metadata beside it has its hash
+            path = path.parent  # the state of a checkpoint: the metadata next to it has its hash
         if path.is_dir():
             return _load_checkpoint(path, average=average, given=given)
         if average:

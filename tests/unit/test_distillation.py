@@ -196,7 +196,7 @@ def test_published_weights_of_timm_teach_with_timms_normalization(tmp_path: Path
     [
         (("--teacher", "nowhere.safetensors"), "--teacher nowhere.safetensors: no such file or folder, and no name"),
         (("--teacher", "timm/resnet18"), "set --teacher-weights FILE"),
-        (("--teacher", "."), "contains no weights file.safetensors"),
+        (("--teacher", "."), "contains no weights file"),
         (("--teacher", "pyproject.toml"), "--teacher: pyproject.toml: "),
         (("--teacher", "pyproject.toml", "--teacher-weights", "x"), "omit --teacher-weights"),
         (("--teacher", "fat_b0", "--teacher-weights", "nowhere"), "nowhere"),

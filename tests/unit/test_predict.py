@@ -249,7 +249,7 @@ def test_weights_that_cannot_be_used_are_refused(
 ) -> None:
     image, path = str(folder / "images/val/0/0.jpg"), tmp_path / "w.safetensors"
     for info, fault in (
-        (fat.WeightsInfo(model="timm/resnet18"), "holds timm/resnet18"),
+        (fat.WeightsInfo(model="nets:tiny"), "its model is created by the function nets:tiny"),
         (fat.WeightsInfo(), "contains no config"),
     ):
         save_file({"fc.weight": torch.zeros(2, 3)}, path, info.to_header())
