@@ -239,7 +239,7 @@ class EvalLoader(BackgroundLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         """Start an evaluation, or resume the evaluation whose state was just loaded."""
-        if self._prefetcher is not None:
+        if self._prefetcher is not None or self._delivered:
             self.close()
             self._start_at(0)
         return self

@@ -200,3 +200,14 @@ def test_states_of_evaluations_of_other_splits_are_refused(digits: Path) -> None
             train.load_state_dict(val.state_dict())
         with pytest.raises(UserError, match="not one of an evaluation"):
             val.load_state_dict({"epoch": 0})
+
+
+def test_a_closed_evaluation_is_restarted_by_the_next_loop(digits: Path) -> None:
+    with eval_loader(digits, batch_size=100, size=32, options=NO_PIXELS, rank=0, world=1) as loader:
+        next(iter(loader))
+        loader.close()
+        assert next(iter(loader)).position == (0, 0)
+        assert loader.state_dict()["samples"] == 100
+        loader.close()
+        loader.load_state_dict(loader.state_dict())
+        assert next(iter(loader)).planned.tolist() == list(range(100, 200))
