@@ -34,16 +34,23 @@ def select(
 
     Args:
         dataset: a set that was just opened.
-        classes: folder names or names of the classes to keep, in any order; or a number N, the first N classes. None:
-            all classes.
+        classes: folder names or names of the classes to keep, a list in any order; or a number N, the first N classes.
+            None: all classes.
         fraction: above 0, up to 1. Each class keeps this fraction of its training samples, rounded, and at least one.
             The samples of a smaller fraction are among those of a larger one. Other splits stay complete.
         seed: chooses the samples of the fraction.
 
     Raises:
-        UserError: a class is unknown or ambiguous, or the training split has no samples of the classes.
+        UserError: a class is unknown or ambiguous, the training split has no samples of the classes, an argument is
+            invalid, or the set was already reduced.
         ShardSetError, StorageFailed: an index is damaged or cannot be read.
     """
+    if dataset.restricted:
+        raise UserError(f"{dataset.path}: classes and samples were already selected; open the set again to select others")
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction {fraction}: expected a number above 0, at most 1")
+    if isinstance(classes, str | bool) or (isinstance(classes, Sequence) and not classes):
+        raise UserError(f"classes {classes!r}: expected a list of class names, or a number of classes")
     entries = dataset.manifest.classes
     labels = np.arange(len(entries)) if classes is None else _labels_of(entries, classes, dataset.path)
     if len(labels) == len(entries) and fraction == 1:

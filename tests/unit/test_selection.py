@@ -188,6 +188,29 @@ def test_an_unknown_or_ambiguous_class_is_rejected(animals: Path, text: str, mes
         select(ShardSet(animals), classes=parse_classes(text))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": "n0,n2"}, "classes 'n0,n2': expected a list of class names, or a number of classes"),
+        ({"classes": []}, r"classes \[\]: expected a list"),
+        ({"classes": True}, "classes True: expected a list"),
+        ({"fraction": 0.0}, r"fraction 0\.0: expected a number above 0, at most 1"),
+        ({"fraction": 10}, "fraction 10: "),
+        ({"fraction": float("nan")}, "fraction nan: "),
+    ],
+)
+def test_invalid_arguments_are_rejected(animals: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        select(ShardSet(animals), **arguments)
+
+
+def test_a_selection_of_a_selection_is_rejected(animals: Path) -> None:
+    dataset = select(ShardSet(animals), classes=["n1", "n2"])
+    with pytest.raises(UserError, match="were already selected; open the set again"):
+        select(dataset, classes=["n2"])  # its labels are those of the selection, not those of the set
+    assert [entry.folder for entry in dataset.manifest.classes] == ["n1", "n2"]
+
+
 def test_classes_are_named_by_folder_or_name_or_number_and_keep_their_order(animals: Path, tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
     file.write_text("tench, Tinca\n\nn0\n")
