@@ -55,7 +55,7 @@ def map_classes(
         raise UserError(
             f"{model}: was not trained on {len(unknown):,} of the {evaluated.count:,} classes of {data}: "
             f"{listed(unknown)}; its {trained.count:,} classes are {listed(trained.folders)}; use a data set whose "
-            "class folders have these names"
+            "class folders have these names, or evaluate some of them with --classes-subset"
         )
     mapped = [output_of[folder] for folder in evaluated.folders]
     if evaluated.count == trained.count:

@@ -77,7 +77,7 @@ class Evaluate:
     set_digest: Annotated[str | None, default("not checked")] = None
     """Expected digest of the set's dataset.json, as xxh3=HEX or sha256=HEX ('pipeline info' prints it). The evaluation
     does not start if the digest differs. Appending #xxh3=HEX to --data has the same effect."""
-    classes_subset: Annotated[str | None, default("as in the run's training, else all classes")] = None
+    classes_subset: Annotated[str | None, default("without --data as in the run's training, else all classes")] = None
     """Evaluate only images of these classes, as in training: names separated by commas, @FILE, or the first N."""
     split: str = "val"
     """Split to evaluate."""
@@ -94,7 +94,7 @@ class Evaluate:
     """Evaluate only the first N images of the split."""
     best: bool = False
     """Evaluate the run's best weights instead of those of its newest checkpoint."""
-    average: bool = False
+    ema: bool = False
     """Evaluate the run's EMA, the moving average of its weights, instead of the weights."""
     fuse: bool = False
     """Fold BatchNorm into the convolutions before the evaluation (fat.fuse)."""
@@ -129,7 +129,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
     given = None if command.model is None else ModelSpec.parse(command.model)
-    found = load_model(command.weights, average=command.average, best=command.best, given=given)
+    found = load_model(command.weights, average=command.ema, best=command.best, given=given)
     entries = dataset.manifest.classes
     classes = fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
     model = found.model
@@ -195,7 +195,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     return {
         "model": str(found.source),
         "step": found.info.step,
-        "average": found.average,
+        "ema": found.average,
         "split": command.split,
         "size": size,
         "crop_pct": crop_pct,

@@ -88,7 +88,7 @@ def load_model(
             return _load_checkpoint(path, average=average, given=given)
         if average:
             name = weights_file(path.parent, "last", "average").name
-            raise UserError(f"{path}: --average requires a run folder; evaluate the run folder, or its {name}")
+            raise UserError(f"{path}: --ema requires a run folder; evaluate the run folder, or its {name}")
         return _load_weights_file(path, given)
     except (UserError, ValueError, OSError) as error:
         text = str(error)
@@ -136,7 +136,7 @@ def _load_checkpoint(path: Path, *, average: bool, given: ModelSpec | None) -> E
     # Copies, because the tensors of the state share its memory, which includes that of the optimizer.
     values = {name: value.clone() for name, value in weights_of(found.load(), average=average).items()}
     if average and not values:
-        raise UserError(f"{found.path}: trained without a moving average (--ema); omit --average")
+        raise UserError(f"{found.path}: trained without a moving average; omit --ema")
     model = _restore(found.path, info, values, given)
     classes = None if info.classes is None else restore_class_names(run, info.classes)
     info = dataclasses.replace(info, classes=classes, step=found.progress.step)

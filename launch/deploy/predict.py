@@ -61,7 +61,7 @@ class Predict:
     size: Annotated[ModelSide | None, default("that of the training, else 224")] = None
     """Height and width of the model's input images in pixels."""
     crop_pct: Annotated[CropPct | None, default("that of the training, else 0.875")] = None
-    """Fraction of the short side that the centre crop keeps."""
+    """Fraction of the short side that the center crop keeps."""
     apply_orientation: bool = False
     """Rotate images as their EXIF orientation states. Training and evaluation do not."""
 
@@ -111,12 +111,12 @@ class Predict:
         as_json = is_standard_output(self.json)
         table = None if as_json or images > MAX_TABLE or not sys.stdout.isatty() else classes.empty_table()
         lines: list[str] = []
-        passed_over = rotated = 0
+        skipped = rotated = 0
         with Progress("classifying", images) as progress:
             for number, result in enumerate(results, 1):
                 if result.fault is not None:
-                    passed_over += 1
-                    _note(f"{result.name}: passed over: {result.fault}")
+                    skipped += 1
+                    _note(f"{result.name}: skipped: {result.fault}")
                 else:
                     rotated += result.orientation != 1
                     if self.json is not None:
@@ -140,9 +140,9 @@ class Predict:
                 f"note: {rotated:,} of {images:,} images have an EXIF orientation; as in training, it is not applied "
                 "(--apply-orientation applies it)"
             )
-        if passed_over:
-            _note(f"{passed_over:,} of {images:,} images passed over")
-        return 1 if passed_over else 0
+        if skipped:
+            _note(f"{skipped:,} of {images:,} images skipped")
+        return 1 if skipped else 0
 
 
 class ClassTable:

@@ -100,7 +100,7 @@ def test_text_has_one_line_per_image_with_the_most_probable_classes(
     assert any("tench" in line for line in lines)
 
 
-def test_other_files_are_passed_over_with_the_reason_and_status_1(
+def test_other_files_are_skipped_with_the_reason_and_status_1(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = (folder / "images/val/0/0.jpg").read_bytes()
@@ -121,9 +121,9 @@ def test_other_files_are_passed_over_with_the_reason_and_status_1(
         "a.jpg",
     ]
     for name, reason in (("cut.jpg", "does not decode"), ("empty.png", "empty file"), ("text.jpg", "not an image")):
-        assert f"{name}: passed over: " in err
+        assert f"{name}: skipped: " in err
         assert reason in err
-    assert "3 of 7 images passed over" in err
+    assert "3 of 7 images skipped" in err
     assert "files that are not images: 1" in err
 
 
@@ -157,7 +157,7 @@ def test_images_are_found_by_files_folders_patterns_and_standard_input(folder: P
         find_images(["-"], empty)
 
 
-def test_names_on_standard_input_that_do_not_exist_are_passed_over(
+def test_names_on_standard_input_that_do_not_exist_are_skipped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = folder / "images/val/0/0.jpg"
@@ -166,8 +166,8 @@ def test_names_on_standard_input_that_do_not_exist_are_passed_over(
     status, found = predict(folder / "weights.safetensors", "-")
     assert (status, [line["path"] for line in found]) == (1, [str(image)])
     err = capsys.readouterr().err
-    assert "/nowhere.jpg: passed over: No such file or directory" in err
-    assert f"{folder}: passed over: {folder}: a folder, not a regular file" in err
+    assert "/nowhere.jpg: skipped: No such file or directory" in err
+    assert f"{folder}: skipped: {folder}: a folder, not a regular file" in err
 
 
 def test_orientation_is_applied_only_on_request(

@@ -114,14 +114,14 @@ def test_files_and_run_are_evaluated_alike_on_the_data_of_the_training(
     monkeypatch.setenv("FAT_DATA", str(tmp_path / "missing"))
     out = tmp_path / "figures.json"
     file = weights_file(trained, "best" if best else "last", "average" if average else "weights")
-    options = [*(["--average"] if average else []), *(["--best"] if best else [])]
+    options = [*(["--ema"] if average else []), *(["--best"] if best else [])]
     results = []
     for command in ((trained, *options), (file,)):
         assert run(evaluate, *command, "--json", out) == 0
         results.append(json.loads(out.read_text()))
     top1 = fat.read_info(file).top1
     for result in results:
-        assert (result["size"], result["crop_pct"], result["average"]) == (32, 0.9, average)
+        assert (result["size"], result["crop_pct"], result["ema"]) == (32, 0.9, average)
         assert result["top1"] == pytest.approx(top1, abs=1e-6)
     assert results[0]["loss"] == results[1]["loss"]
 
