@@ -67,7 +67,7 @@ class Evaluate:
     """Evaluate a run, a checkpoint or a weights file."""
 
     weights: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="WEIGHTS")]]
-    """Run folder (its newest checkpoint is evaluated, or its best weights with --best), checkpoint folder, or weights
+    """Run folder (its newest checkpoint is evaluated, unless --best is set), checkpoint folder, or weights
     file: .safetensors, or a checkpoint written by torch.save, including those of other training programs."""
     model: Annotated[str | None, default("that of the weights")] = None
     """Name of the model, as in training. Required for package.module:function, whose code a weights file alone must not
@@ -93,7 +93,8 @@ class Evaluate:
     limit: Annotated[Annotated[int, Interval(ge=1, le=10**12)] | None, default("all images")] = None
     """Evaluate only the first N images of the split."""
     best: bool = False
-    """Evaluate the run's best weights instead of those of its newest checkpoint."""
+    """Evaluate the run's weights-best.safetensors (with --ema: weights-ema-best.safetensors) instead of its newest
+    checkpoint."""
     ema: bool = False
     """Evaluate the run's EMA, the moving average of its weights, instead of the weights."""
     fuse: bool = False

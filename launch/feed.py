@@ -91,12 +91,12 @@ class Feed:
         if self.world.device.type == "cuda" and rows < minimum:
             lines.append(
                 f"warning: {rows} images per GPU and forward pass are too few to keep a GPU busy; {minimum} or more "
-                f"are enough; use fewer GPUs than {self.world.size}, or a larger --global-batch (docs/training.md)"
+                f"are enough; use fewer GPUs than {self.world.size}, or a larger --global-batch (docs/optimization.md)"
             )
         if self.plan.global_batch > LARGE_BATCH:
             lines.append(
                 f"warning: --global-batch {self.plan.global_batch} is much larger than the 1024 for which the default "
-                "learning rates and warm-up were chosen; see docs/training.md for large batches"
+                "learning rates and warm-up were chosen; see docs/optimization.md for large batches"
             )
         optim = self.recipe.optim
         if optim.resolved_schedule == "cosine-from-start" and optim.warmup > 2 * optim.max_warmup:
