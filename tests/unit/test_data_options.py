@@ -97,10 +97,9 @@ def test_a_run_of_two_classes_has_two_outputs_and_their_names(tmp_path: Path, di
     command = (TRAIN, *recipe, "--data", digits, "--out", run, "--epochs", "2", "--warmup-epochs", "0.2")
     done = python(tmp_path, *command)
     assert done.returncode == 0, done.stderr
-    model = load_model(run / "weights.safetensors", average=False)
-    assert model.classes is not None
-    assert model.classes.folders == ("3_three", "8_eight")
-    assert model.model.config.num_classes == 2
+    classes = load_model(run / "weights-last.safetensors").info.classes
+    assert classes is not None
+    assert classes.folders == ("3_three", "8_eight")
     assert json.loads((run / "recipe.json").read_text())["recipe"]["data"]["classes_subset"] == TWO[1]
     assert [line["samples"] for line in lines(run, "eval")] == [72, 72]
     refused = python(tmp_path, *command, "--classes-subset", "3_three,9_nine")
