@@ -16,13 +16,16 @@ log = logging.getLogger(__name__)
 
 # A replacement sample may be bad too. This many bad ones in a row mean that most of the set is damaged.
 MAX_REPLACEMENTS = 100
+# Number of these that are drawn from the bad sample's class, before samples of other classes.
+SAME_CLASS_REPLACEMENTS = 10
 
 
 class BadSamples:
     """Replaces bad samples, up to a budget.
 
     The replacement sample is a function of (seed, epoch, id of the bad sample) and of which samples are bad. It is
-    therefore the same on every rank and at every world size, and every rank keeps its number of steps.
+    therefore the same on every rank and at every world size, and every rank keeps its number of steps. It has the
+    class of the bad sample, if that has other good samples, so that the shares of the classes do not change.
 
     Args:
         budget: distinct bad samples to tolerate; 0: raise on the first one.
@@ -51,15 +54,20 @@ class BadSamples:
         ids, rows, raw, images = encoded.ids.copy(), encoded.rows.copy(), encoded.raw.copy(), list(encoded.images)
         for fault in sorted(encoded.faults, key=lambda fault: fault.row):
             self._note(fault)
-            found = self._replacement(fault, reader, epoch)
+            found = self._replacement(fault, int(rows["label"][fault.row]), reader, epoch)
             log.warning("epoch %d: bad sample replaced by sample %d: %s", epoch, found.ids[0], fault.error)
             ids[fault.row], rows[fault.row], raw[fault.row] = found.ids[0], found.rows[0], found.raw[0]
             images[fault.row] = found.images[0]
         return dataclasses.replace(encoded, ids=ids, rows=rows, raw=raw, images=images, faults=[])
 
-    def _replacement(self, fault: Fault, reader: SampleReader, epoch: int) -> Encoded:
+    def _replacement(self, fault: Fault, label: int, reader: SampleReader, epoch: int) -> Encoded:
+        same_class = reader.ids_of_class(label)
+        same_class = same_class[same_class != fault.id]
         for attempt in range(MAX_REPLACEMENTS):
-            chosen = rng.integers(self._samples, Stream.REPLACEMENT, self._seed, epoch, fault.id, attempt)
+            limited = attempt < SAME_CLASS_REPLACEMENTS and len(same_class) > 0
+            among = len(same_class) if limited else self._samples
+            chosen = rng.integers(among, Stream.REPLACEMENT, self._seed, epoch, fault.id, attempt)
+            chosen = same_class[chosen] if limited else chosen
             found = reader.read(np.atleast_1d(chosen))
             if not found.faults:
                 return found

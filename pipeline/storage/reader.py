@@ -133,6 +133,10 @@ class SampleReader:
         """Mark all batches before `step` as read."""
         self._storage.files.advance(step)
 
+    def ids_of_class(self, label: int) -> Ids:
+        """Return the ids of all samples of a class, ascending."""
+        return np.flatnonzero(self._storage.index["label"] == label)
+
     def random_access(self) -> bool:
         """Return whether single samples can be read without the rest of their file."""
         return self._storage.files.random_access()

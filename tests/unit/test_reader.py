@@ -18,6 +18,7 @@ from pipeline.augment.recipe import augment_recipe
 from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import NO_SAMPLE, EvalPlan, TrainPlan
+from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import LocalFiles
 from pipeline.storage.placement import open_storage, tar_key
 from pipeline.storage.quick_check import quick_check
@@ -180,6 +181,27 @@ def test_a_bad_sample_is_replaced_and_logged(copied: Path, caplog: pytest.LogCap
             assert after.labels[row] == ShardSet(copied).index("train")["label"][sample]
             replaced.append(sample)
     assert len(replaced) >= 1
+
+
+def test_a_replacement_sample_has_the_class_of_the_bad_sample_if_possible(copied: Path) -> None:
+    labels = ShardSet(copied).index("train")["label"]
+    label = labels[11]
+    flip_a_bit(copied)
+    with SampleReader(open_storage(ShardSet(copied), "train")) as reader:
+        batch = reader.read(np.array([11, 12]))
+        bad = BadSamples(budget=10_000, samples=len(labels), seed=0)
+        found = [bad.replace_bad_samples(batch, reader, epoch=epoch).ids[0] for epoch in range(20)]
+        assert labels[found].tolist() == [label] * 20
+        assert 11 not in found
+        assert len(set(found)) > 2
+    for sample in np.flatnonzero(labels == label).tolist():
+        if sample != 11:
+            flip_a_bit(copied, sample)
+    with SampleReader(open_storage(ShardSet(copied), "train")) as reader:
+        bad = BadSamples(budget=10_000, samples=len(labels), seed=0)
+        replaced = bad.replace_bad_samples(reader.read(np.array([11, 12])), reader, epoch=0)
+    assert labels[replaced.ids[0]] != label
+    assert replaced.ids[1] == 12
 
 
 def test_replacement_samples_are_the_same_at_every_world_size(copied: Path) -> None:
