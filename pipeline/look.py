@@ -53,7 +53,7 @@ class Look:
     """Image file to write: .png, .jpg, .webp, .bmp or .tif."""
     split: str = "train"
     """Split whose images are shown. Images of other splits than train are shown as in an evaluation: resized and
-    cropped at the centre, without augmentation."""
+    cropped at the center, without augmentation."""
     augment: Literal["fat", "light", "none"] = "light"
     """Augmentation recipe. Mixup and CutMix are not applied, because a mixed image shows two classes."""
     size: Side = 224
@@ -65,7 +65,7 @@ class Look:
     crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("the recipe's")] = None
     """Smallest and largest area of the random crop, as fractions of the image's area."""
     crop_pct: Annotated[CropPct | None, default("0.875")] = None
-    """With --split other than train: fraction of the short side that the centre crop keeps."""
+    """With --split other than train: fraction of the short side that the center crop keeps."""
     seed: Seed = 0
     """Seed of the run."""
     epoch: Annotated[int, Interval(ge=0, le=1_000_000)] = 0

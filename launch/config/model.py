@@ -29,8 +29,8 @@ class ModelConfig:
     """Drop-path rate (stochastic depth) of the last block. It rises linearly from 0 at the first block. Other models
     get it as drop_path_rate."""
     weights: Annotated[Path | None, default("random initialization")] = None
-    """Weights to start from, for fine-tuning: a run folder (its best weights), a weights file, or a checkpoint written by
-    torch.save, such as those of the released FAT code. The classifier is kept if its classes are those of the data
+    """Weights to start from, for fine-tuning: a run folder (its best weights), a weights file, or a checkpoint written
+    by torch.save, such as those of the released FAT code. The classifier is kept if its classes are those of the data
     set."""
     classes: Annotated[Annotated[int, Interval(ge=1, le=1_000_000)] | None, default("those of the data set")] = None
     """Number of outputs of the classifier, at least the number of classes of the data set. With --weights that have

@@ -46,7 +46,7 @@ def select(
         ShardSetError, StorageFailed: an index is damaged or cannot be read.
     """
     if dataset.restricted:
-        raise UserError(f"{dataset.path}: classes and samples were already selected; open the set again to select others")
+        raise UserError(f"{dataset.path}: classes and samples were already selected; open the set again")
     if not 0 < fraction <= 1:
         raise UserError(f"fraction {fraction}: expected a number above 0, at most 1")
     if isinstance(classes, str | bool) or (isinstance(classes, Sequence) and not classes):
