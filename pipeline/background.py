@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -132,6 +135,7 @@ class BackgroundLoader(ABC):
                 self._source.interrupt()  # the thread may be waiting for a server that does not respond
             self._prefetcher.close()
             self._prefetcher = self._source = None
+            _started.discard(self)
 
     def __enter__(self) -> Any:
         return self
@@ -145,6 +149,7 @@ class BackgroundLoader(ABC):
 
     def _start(self) -> Prefetcher[Batch]:
         self._closing = False
+        _started.add(self)
         threads, started = torch.get_num_threads(), threading.Event()
         name, depth = f"{self._split}-loader", self._settings.ready
         prefetcher = Prefetcher(self._stream(started), depth=depth, name=name, trace=self.stage_trace)
@@ -264,3 +269,21 @@ class BackgroundLoader(ABC):
 
     def _labels(self, encoded: Encoded) -> torch.Tensor:
         return self._to_device(encoded.rows["label"].astype(np.int64))
+
+
+_started: weakref.WeakSet[BackgroundLoader] = weakref.WeakSet()
+"""Loaders whose background thread has been started and not closed."""
+
+
+@atexit.register
+def _close_started() -> None:
+    """Close the loaders of a program that ends without closing them.
+
+    Python stops threads at their next use of the interpreter, wherever they are. In PyTorch's C++ code this aborts the
+    process: "terminate called without an active exception".
+    """
+    for loader in list(_started):
+        loader.close()
+
+
+os.register_at_fork(after_in_child=_started.clear)  # a forked process has no copies of the threads

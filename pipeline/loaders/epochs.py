@@ -141,7 +141,7 @@ class EpochLoader(BackgroundLoader):
         Prefetched batches are discarded.
 
         Raises:
-            UserError: the state is that of another plan (set, global batch, seed, lanes or shuffle block size), or not
+            UserError: the state is that of another plan (set, selection, global batch, seed, lanes, ...), or not
                 a state of a training loader.
         """
         try:

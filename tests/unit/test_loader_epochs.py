@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -211,3 +213,25 @@ def test_a_closed_evaluation_is_restarted_by_the_next_loop(digits: Path) -> None
         loader.close()
         loader.load_state_dict(loader.state_dict())
         assert next(iter(loader)).planned.tolist() == list(range(100, 200))
+
+
+UNCLOSED = """
+import atexit, threading
+
+atexit.register(lambda: print([thread.name for thread in threading.enumerate() if "loader" in thread.name]))
+from pipeline import LoaderOptions, train_loader
+
+options = LoaderOptions(feed_process={feed!r}, decode_threads=1)
+for batch in train_loader({data!r}, batch_size=8, size=32, options=options, device="cpu"):
+    print([thread.name for thread in threading.enumerate() if "loader" in thread.name], flush=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize(("feed", "end", "status"), [("on", "break", 0), ("off", "raise ValueError", 1)])
+def test_a_program_that_does_not_close_its_loader_ends_normally(digits: Path, feed: str, end: str, status: int) -> None:
+    """Otherwise its status is sometimes 134, because PyTorch aborts the process."""
+    script = UNCLOSED.format(data=str(digits), feed=feed, end=end)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines() == ["['train-loader']", "[]"]
