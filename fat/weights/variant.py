@@ -25,7 +25,7 @@ def check_model(path: Path, info: WeightsInfo, tensors: Mapping[str, Tensor], ex
     info: metadata of the file. If it has no config, the widths and depths are read from the tensors.
     """
     if info.config is None and info.model is not None:
-        raise ValueError(f"{path}: not this model's weights, but those of {info.model}; use that model")
+        raise ValueError(f"{path}: not this model's weights, but those of {info.model}; create that model instead")
     dimensions = _dimensions(info.config) if info.config else _widths_and_depths(tensors)
     wanted = _dimensions(expected)
     differences = [

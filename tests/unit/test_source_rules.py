@@ -15,6 +15,7 @@ WRITERS = {
     "fat/kernels/prefill/compiler.py": "in a new temporary folder",
     "fat/weights/save.py": "path given by the caller; temporary name, then renamed",
     "launch/bench/chart.py": "into memory",
+    "launch/deploy/export.py": "in a new folder next to --out, then renamed",
     "launch/run/checkpoint_folder.py": "in a new folder of RUN/checkpoints",
     "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
     "launch/run/metrics_file.py": "RUN/metrics.jsonl, appended to if it is a regular file",
