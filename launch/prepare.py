@@ -21,7 +21,7 @@ from launch.engine.sync_batchnorm import check_batch_norms, check_values_per_cha
 from launch.feed import Feed
 from launch.machine.provenance import device_name
 from launch.machine.world import World, broadcast_from_rank0
-from launch.optim.fine_tuning import classifier_of, grad_checkpointing_switch
+from launch.optim.fine_tuning import classifier_of, set_grad_checkpointing
 from launch.optim.optimizers import parameter_groups
 from launch.run.folder import will_resume
 from launch.run.saved_recipe import inherit_options, read_previous_start
@@ -98,4 +98,5 @@ def check_fine_tuning(model: nn.Module, recipe: Recipe) -> None:
     if recipe.model.freeze_backbone:
         classifier_of(model)
     if recipe.compile.grad_checkpointing:
-        grad_checkpointing_switch(model)
+        set_grad_checkpointing(model)  # raises an error if the model does not support it
+        set_grad_checkpointing(model, enable=False)  # the engine enables it

@@ -26,7 +26,7 @@ from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_pr
 from launch.engine.loss import SampleResults, autocast, evaluate_batches, training_loss
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, convert_sync_batchnorm
 from launch.machine.world import World
-from launch.optim.fine_tuning import backbone_modules, freeze_backbone, grad_checkpointing_switch
+from launch.optim.fine_tuning import backbone_modules, freeze_backbone, set_grad_checkpointing
 from launch.optim.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.optim.zero_state import OptimizerState
 from pipeline.loader import Batch
@@ -79,7 +79,7 @@ class Engine:
         if recipe.model.freeze_backbone:
             freeze_backbone(model)
         if recipe.compile.grad_checkpointing:
-            grad_checkpointing_switch(model)(True)
+            set_grad_checkpointing(model)
         self.teacher = teacher
         distillation = recipe.distillation
         self._distiller = Distiller(teacher, distillation, world.device, self.precision) if teacher else None

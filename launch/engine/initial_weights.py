@@ -11,7 +11,8 @@ import fat
 from fat.weights.classifier import is_new_classifier
 from fat.weights.entries import listed
 from launch.config.recipe import Recipe
-from launch.models.weights import classifier_name, load_weights
+from launch.models.classifier import classifier_name
+from launch.models.weights import load_weights
 from shards.errors import UserError
 
 

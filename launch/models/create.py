@@ -71,7 +71,7 @@ def check_model(model: nn.Module, spec: ModelSpec, *, size: int, num_classes: in
 
     Raises:
         UserError: the model fails for these images, its output is not a float tensor [B, num_classes], or a parameter
-            gets no gradient.
+            gets no gradient, is not float32 or has several names.
     """
     expected = f"expected a float tensor of shape [{ROWS}, {num_classes}], the logits of {ROWS} images"
     trained, _, output = trial(model, size)
@@ -82,6 +82,16 @@ def check_model(model: nn.Module, spec: ModelSpec, *, size: int, num_classes: in
         raise UserError(f"--model {spec}: its output is a {kind} tensor of shape {list(output.shape)}; {expected}")
     if not output.requires_grad:
         raise UserError(f"--model {spec}: has no parameters to train")
+    names: dict[int, str] = {}
+    for name, value in trained.named_parameters(remove_duplicate=False):
+        if value.dtype != torch.float32:
+            raise UserError(
+                f"--model {spec}: the parameter {name} is {str(value.dtype).removeprefix('torch.')}; expected float32, "
+                "which --precision bf16 casts in each operation"
+            )
+        first = names.setdefault(id(value), name)
+        if first != name:  # its weights file would have the tensor only once, and not be loadable
+            raise UserError(f"--model {spec}: {first} and {name} are the same parameter; expected different ones")
     output.sum().backward()
     idle = [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None]
     if idle:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fat
 from fat.weights.classifier import choose_rows, difference
 from fat.weights.load import load_tensors, read_weights
+from launch.models.classifier import classifier_name
 from launch.models.create import create_model
 from launch.models.specification import ModelSpec, spec_in_file
 
@@ -50,18 +51,6 @@ def load_weights(model: nn.Module, path: Path, *, classes: fat.ClassList) -> tup
             found[key] = found[key][order]
     load_tensors(path, found, model)
     return (*weights.notes, note)
-
-
-def classifier_name(model: nn.Module) -> str | None:
-    """Return the name of the last layer by timm's conventions: `get_classifier()`, else `default_cfg["classifier"]`."""
-    get = getattr(model, "get_classifier", None)
-    layer = get() if callable(get) else None
-    for name, module in model.named_modules():
-        if name and module is layer:
-            return name
-    config = getattr(model, "default_cfg", None)
-    name = config.get("classifier") if isinstance(config, dict) else None
-    return name if isinstance(name, str) else None
 
 
 def restore_model(spec: ModelSpec, path: Path, tensors: Mapping[str, Tensor], *, outputs: int) -> nn.Module:

@@ -14,11 +14,10 @@ from typing import Any
 from torch import nn
 
 from launch.config.errors import RecipeError
+from launch.models.classifier import find_classifier
 
 _JOINS_PREVIOUS = 99999
 """Last number of a key in timm's `group_matcher` that belongs to the previous layer (`MATCH_PREV_GROUP`)."""
-# Names of the classifier in torchvision's models, which have no `get_classifier`.
-_CLASSIFIERS = ("head", "fc", "classifier", "heads")
 
 
 def layers_of(model: nn.Module) -> dict[str, int]:
@@ -79,14 +78,13 @@ def classifier_of(model: nn.Module) -> nn.Module:
     Raises:
         RecipeError: it is unknown, or has no parameters.
     """
-    get: Any = getattr(model, "get_classifier", None)
-    found = get() if get else next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
-    if not isinstance(found, nn.Module) or not any(True for _ in found.parameters()):
+    found = find_classifier(model)
+    if found is None:
         raise RecipeError(
             f"--freeze-backbone, --head-lr-scale: {type(model).__name__} has no classifier that can be trained alone; "
             "omit these options, or use a model with timm's method get_classifier"
         )
-    return found
+    return found[1]
 
 
 def freeze_backbone(model: nn.Module) -> None:
@@ -110,16 +108,21 @@ def _outside(module: nn.Module, classifier: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def grad_checkpointing_switch(model: nn.Module) -> Callable[[bool], object]:
-    """Return the model's function that enables or disables activation checkpointing.
+def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
+    """Enable or disable activation checkpointing.
 
     Raises:
         RecipeError: the model does not support it.
     """
-    enable: Any = getattr(model, "set_grad_checkpointing", None)
-    if not callable(enable):
+    switch: Any = getattr(model, "set_grad_checkpointing", None)
+    supported = callable(switch)
+    try:
+        if supported:
+            switch(enable)
+    except AssertionError:  # some models of timm have the method, but no checkpointing
+        supported = False
+    if not supported:
         raise RecipeError(
             f"--grad-checkpointing: {type(model).__name__} does not support it; omit the option, or use a model with "
             "timm's method set_grad_checkpointing"
         )
-    return enable

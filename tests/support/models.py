@@ -75,12 +75,38 @@ def too_many_outputs(num_classes: int) -> nn.Module:
     return small(num_classes + 1)
 
 
+class LikeTorchvision(nn.Module):
+    """A network whose classifier has several layers and a usual name, and that lacks timm's methods."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features = small(8)
+        self.classifier = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))
+
+
+like_torchvision = LikeTorchvision
+
+
 def feature_map(num_classes: int) -> nn.Module:
     return nn.Conv2d(3, num_classes, 3)
 
 
 def idle_parameter(num_classes: int) -> nn.Module:
     return Broken(lambda logits: logits, num_classes, idle=True)
+
+
+def tied_layers(num_classes: int) -> nn.Module:
+    layer = nn.Linear(num_classes, num_classes)
+    return nn.Sequential(small(num_classes), layer, layer)
+
+
+def half_precision(num_classes: int) -> nn.Module:
+    layers = small(num_classes).bfloat16()
+    layers.register_forward_pre_hook(lambda _, images: tuple(image.bfloat16() for image in images))
+    return layers
 
 
 def for_one_size(num_classes: int) -> nn.Module:

@@ -196,6 +196,14 @@ def test_models_without_what_an_option_needs_are_rejected(options: tuple[str, ..
         check_fine_tuning(nn.Sequential(nn.Linear(2, 2)), parse([*options]))
 
 
+@pytest.mark.usefixtures("vision_libraries")
+def test_a_model_of_timm_without_activation_checkpointing_is_rejected() -> None:
+    import timm
+
+    with pytest.raises(RecipeError, match="--grad-checkpointing: VGG does not support it"):
+        check_fine_tuning(timm.create_model("vgg11", num_classes=2), parse(["--grad-checkpointing"]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,6 +21,7 @@ from launch.models.cost import count
 from launch.models.create import check_model, create_model
 from launch.models.specification import ModelSpec, spec_in_file
 from launch.models.weights import load_weights, restore_model
+from launch.optim.fine_tuning import classifier_of
 from shards.errors import UserError
 from tests.support import models
 from tests.support.tiny_fat import TINY
@@ -83,6 +84,8 @@ ERRORS = {
     f"{HERE}:feature_map": "its output is a float32 tensor of shape [2, 10, 62, 62]; expected",
     f"{HERE}:idle_parameter": "the loss does not depend on 1 parameters (idle)",
     f"{HERE}:for_one_size": "fails for images [2, 3, 64, 64]",
+    f"{HERE}:tied_layers": "1.weight and 2.weight are the same parameter; expected different ones",
+    f"{HERE}:half_precision": "the parameter 0.weight is bfloat16; expected float32",
     f"{HERE}:without_parameters": "has no parameters to train",
 }
 
@@ -241,6 +244,20 @@ def test_the_classifier_is_kept_reordered_or_replaced_by_class_names(
     assert torch.equal(model.body[0].weight, before.body[0].weight)
     assert torch.equal(model.fc.weight, new if rows is None else before.fc.weight[rows])
     assert note.startswith("classifier: newly initialised" if rows is None else "classifier: kept")
+
+
+def test_the_last_layer_of_a_classifier_with_a_usual_name_is_replaced(tmp_path: Path) -> None:
+    """The option --freeze-backbone finds the same classifier."""
+    before, model = models.like_torchvision(3), models.like_torchvision(2)
+    new = model.classifier[2].weight.clone()
+    path = saved(tmp_path / "w.safetensors", before)
+    (note,) = load_weights(model, path, classes=fat.ClassList.of(["x", "y"]))
+    assert note.startswith("classifier: newly initialised")
+    assert torch.equal(model.classifier[2].weight, new)
+    assert torch.equal(model.classifier[0].weight, before.classifier[0].weight)
+    assert classifier_of(model) is model.classifier
+    name = f"{HERE}:like_torchvision"
+    assert restore_model(spec(name), path, load_file(path), outputs=2).classifier[2].out_features == 3
 
 
 def test_a_model_whose_classifier_is_unknown_keeps_it_or_is_refused(tmp_path: Path) -> None:
