@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 import fat
 from launch.config.data import DataConfig
+from launch.deploy.weights_file import load_weights_file
 from launch.models.specification import ModelSpec, spec_in_file
-from launch.models.weights import load_model_file, restore_model
+from launch.models.weights import restore_model
 from launch.optim.zero_state import weights_of
 from launch.run.checkpoint import META, STATE, Checkpoint, open_checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
@@ -118,18 +120,14 @@ def _load_best(path: Path, *, average: bool, given: ModelSpec | None) -> Evaluat
 
 
 def _load_weights_file(path: Path, given: ModelSpec | None) -> EvaluatedModel:
-    model, info, notes = load_model_file(path, given)
-    found = EvaluatedModel(model, path, info, bool(info.ema))
-    if info.size is None:
-        size = found.size
-        notes.append(f"{path} does not record the image size of its training; {size} is used unless --size is set")
+    model, info, notes = load_weights_file(path, given)
     if info.interpolation not in (None, "bicubic"):
-        notes.append(f"{path} was trained with {info.interpolation} resizing; evaluation resizes bicubically")
-    return dataclasses.replace(found, notes=tuple(notes))
+        notes += (f"{path} was trained with {info.interpolation} resizing; evaluation resizes bicubically",)
+    return EvaluatedModel(model, path, info, bool(info.ema), notes)
 
 
 def _load_checkpoint(path: Path, *, average: bool, given: ModelSpec | None) -> EvaluatedModel:
-    run, found, notes = _find_checkpoint(path)
+    run, found, notes = _find_checkpoint(path, average=average)
     info = found.info()
     if (info.config is None and info.model is None) or info.size is None or info.crop_pct is None:
         raise UserError(f"{found.path}: does not record the model's dimensions; evaluate a weights file of the run")
@@ -164,7 +162,7 @@ def _restore(path: Path, info: fat.WeightsInfo, values: dict[str, Tensor], given
     return model
 
 
-def _find_checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
+def _find_checkpoint(path: Path, *, average: bool) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     """Return the run folder, the checkpoint to evaluate and messages for the user."""
     if (path / META).exists():
         return path.absolute().parents[1], open_checkpoint(path), ()
@@ -177,7 +175,14 @@ def _find_checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
             f"{path}: contains no complete checkpoint; use a run folder (--out of the training), one of its "
             "checkpoints or a weights file"
         )
-    best = folder.best()
-    if best is None or best == found.path:
+    best = weights_file(path, "best", "average" if average else "weights")
+    step = None
+    with contextlib.suppress(OSError, ValueError):  # a missing or damaged file does not concern this checkpoint
+        step = fat.read_info(best).step
+    if step is None or step == found.progress.step:
         return path, found, ()
-    return path, found, (f"{found.path} is the newest checkpoint; the best is {best} (--best)",)
+    return (
+        path,
+        found,
+        (f"{found.path} is the newest checkpoint; the best weights are those of step {step:,} (--best)",),
+    )

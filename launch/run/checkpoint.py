@@ -196,9 +196,6 @@ def _contradiction(meta: Meta, step: int) -> str:
         return "marked as the best without an evaluation"
     if progress.top1 and progress.pending_evaluation:
         return "evaluated, but its evaluation was interrupted"
-    top1, best = progress.top1, progress.best_top1
-    if any(kind not in top1 or top1[kind] != best.get(kind) for kind in progress.improved):
-        return "a best accuracy that differs from that of this step"
     return "" if STATE in meta.files else f"no {STATE}"
 
 

@@ -139,18 +139,6 @@ class CheckpointFolder:
                 self._damaged.add(entry.path)
         return None, skipped
 
-    def best(self) -> Path | None:
-        """Return the newest checkpoint that was the best when it was saved; None if there is none.
-
-        Raises:
-            StorageFailed: the folder cannot be read.
-        """
-        for entry in reversed(self._entries()):
-            with contextlib.suppress(UserError):
-                if entry.in_place and read_meta(entry.path, entry.step).progress.is_best:
-                    return entry.path
-        return None
-
     def is_empty(self) -> bool:
         """Return whether the folder has no checkpoints, damaged ones included.
 
@@ -159,13 +147,16 @@ class CheckpointFolder:
         """
         return not self._entries()
 
-    def archive(self) -> Path | None:
+    def archive(self, *, even_if_empty: bool = False) -> Path | None:
         """Move all checkpoints to RUN/checkpoints-before-N; return that folder, or None if there are no checkpoints.
+
+        Args:
+            even_if_empty: create and return RUN/checkpoints-before-N also if there are no checkpoints.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        if self.is_empty():
+        if self.is_empty() and not even_if_empty:
             return None
         number = 1
         while os.path.lexists(target := self.folder.with_name(f"{self.folder.name}-before-{number}")):

@@ -118,16 +118,22 @@ class RunFolder:
                 "warning: all checkpoints are damaged, so the run starts from the beginning; the damaged checkpoints "
                 f"and the metrics are now in {self._archive()}"
             )
+        elif found is None and all_weights_files(self.path):
+            messages.append(
+                f"warning: {self.path} has weights of an earlier run, but no checkpoints; its weights and metrics are "
+                f"now in {self._archive()}"
+            )
         return found, messages
 
     def _archive(self) -> Path | None:
         """Move checkpoints, metrics, weights and the last evaluation to checkpoints-before-N; return that folder.
 
-        None if no checkpoint exists.
+        None if neither checkpoints nor weights exist.
         """
-        archive = self._checkpoints.archive()
+        weights = all_weights_files(self.path)  # without checkpoints, if an earlier start was killed in this function
+        archive = self._checkpoints.archive(even_if_empty=bool(weights))
         try:
-            for path in (self.path / METRICS_NAME, self.path / RECORD_NAME, *all_weights_files(self.path)):
+            for path in (self.path / METRICS_NAME, self.path / RECORD_NAME, *weights):
                 if archive is not None and path.exists():
                     path.rename(archive / path.name)
         except OSError as error:

@@ -35,10 +35,6 @@ class Progress:
     """Whether `best` was reached at this step."""
     top1: dict[WeightsKind, Fraction] = field(default_factory=dict)
     """Top-1 accuracies at this step (fractions); empty: it has not been evaluated."""
-    best_top1: dict[WeightsKind, Fraction] = field(default_factory=dict)
-    """Best top-1 accuracy so far of the weights, and of their EMA."""
-    improved: tuple[WeightsKind, ...] = ()
-    """Weights whose best accuracy was reached at this step."""
     pending_evaluation: bool = False
     """Whether the evaluation of this step was interrupted."""
     seconds: Seconds = 0.0
@@ -52,19 +48,11 @@ class Progress:
             position: position in the plan after the step.
         """
         epoch, epoch_step = position.epoch, position.step
-        return replace(self, step=step, epoch=epoch, epoch_step=epoch_step, is_best=False, top1={}, improved=())
+        return replace(self, step=step, epoch=epoch, epoch_step=epoch_step, is_best=False, top1={})
 
     def evaluated(self, top1: Mapping[WeightsKind, float]) -> Progress:
         """Return the progress after an evaluation at this step."""
-        improved = tuple(kind for kind in top1 if top1[kind] > self.best_top1.get(kind, -1.0))
-        found = replace(
-            self,
-            is_best=False,
-            pending_evaluation=False,
-            top1=dict(top1),
-            best_top1=self.best_top1 | {kind: top1[kind] for kind in improved},
-            improved=improved,
-        )
+        found = replace(self, is_best=False, pending_evaluation=False, top1=dict(top1))
         best_of = best_weights(top1)
         return replace(found, best=top1[best_of], best_of=best_of, is_best=True) if top1[best_of] > self.best else found
 

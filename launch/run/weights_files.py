@@ -64,17 +64,28 @@ class WeightsFiles:
                 continue
             info = replace(self._info, step=progress.step, top1=progress.top1.get(kind), ema=kind == "average")
             # The best ones first: the last ones tell which step has been written completely.
-            for path in self._paths(kind, progress):
+            for path in self._paths(kind, info):
                 try:
                     write_weights(path, tensors, info)
                 except (OSError, SafetensorError) as error:
                     fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
                     raise CheckpointError(f"{path}: the weights could not be written ({fact})") from error
 
-    def _paths(self, kind: WeightsKind, progress: Progress) -> Iterator[Path]:
-        if kind in progress.improved:
-            yield weights_file(self._run, "best", kind)
+    def _paths(self, kind: WeightsKind, info: fat.WeightsInfo) -> Iterator[Path]:
+        best = weights_file(self._run, "best", kind)
+        # Compared with the file, and not with `Progress.best_top1`: the step that reached it may not have been saved.
+        if info.top1 is not None and info.top1 > _top1_in(best):
+            yield best
         yield weights_file(self._run, "last", kind)
+
+
+def _top1_in(path: Path) -> float:
+    """Return the top-1 accuracy in a weights file's header; -1.0: the file is missing or damaged, or has none."""
+    try:
+        top1 = fat.read_info(path).top1
+    except (OSError, ValueError):
+        return -1.0
+    return -1.0 if top1 is None else top1
 
 
 def describe_weights(recipe: Recipe, feed: Feed) -> fat.WeightsInfo:

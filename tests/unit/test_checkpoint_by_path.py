@@ -56,11 +56,6 @@ def test_renamed_checkpoint_is_damaged(tmp_path: Path) -> None:
             "marked as the best without an evaluation",
         ),
         (Progress(step=20, epoch=2, top1={"weights": 0.5}, pending_evaluation=True), "its evaluation was interrupted"),
-        (Progress(step=20, epoch=2, improved=("weights",)), "a best accuracy that differs from that of this step"),
-        (
-            Progress(step=20, epoch=2, top1={"weights": 0.5}, best_top1={"weights": 0.75}, improved=("weights",)),
-            "a best accuracy that differs from that of this step",
-        ),
     ],
 )
 def test_contradictory_progress_is_damage(tmp_path: Path, progress: Progress, contradiction: str) -> None:

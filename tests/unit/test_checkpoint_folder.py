@@ -56,17 +56,6 @@ def test_best_among_the_newest_needs_no_extra_place(tmp_path: Path) -> None:
     assert steps(folder) == [3, 4]
 
 
-def test_best_skips_damaged_and_replaced_checkpoints(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=9)
-    assert folder.best() is None
-    saved = [save(folder, step, is_best=step in (1, 2, 3)) for step in (1, 2, 3, 4)]
-    assert folder.best() == saved[2]
-    (saved[2] / "meta.json").write_text("{}")
-    assert folder.best() == saved[1]
-    saved[1].rename(saved[1].with_name(f".{saved[1].name}.0123abcd.replaced"))
-    assert folder.best() == saved[0], "a checkpoint that is being replaced may be removed at any time"
-
-
 def test_folder_without_checkpoints_is_empty(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "deep" / "checkpoints")
     assert folder.is_empty()

@@ -28,7 +28,7 @@ from shards.errors import StorageFailed, UserError
 
 PROGRESS = Progress(
     step=25, epoch=2, epoch_step=5, best=0.25, best_of="average", is_best=True, pending_evaluation=False, seconds=1.5,
-    top1={"weights": 0.125, "average": 0.25}, best_top1={"weights": 0.5, "average": 0.25}, improved=("average",),
+    top1={"weights": 0.125, "average": 0.25},
 )  # fmt: skip
 FINGERPRINT = Fingerprint(fixed={"global_batch": 64, "data": "s\u00e9t"}, free={"lr": 0.1, "note": None})
 STATE = {"model/w": torch.arange(6.0).view(2, 3), "ema/w": torch.ones(2, 3)}
@@ -46,13 +46,6 @@ META = """{
    "weights": 0.125,
    "average": 0.25
   },
-  "best_top1": {
-   "weights": 0.5,
-   "average": 0.25
-  },
-  "improved": [
-   "average"
-  ],
   "pending_evaluation": false,
   "seconds": 1.5
  },
@@ -72,7 +65,7 @@ META = """{
    "xxh3": "30be464df6c8bbd1"
   }
  },
- "hash": "8aa2fd91f3c18c6f"
+ "hash": "59e9161df0d592bc"
 }
 """
 
@@ -151,7 +144,7 @@ def test_contradictory_metadata_is_damage(saved: Path, changes: dict[str, Any], 
         {"epoch": 5, "epoch_step": 0},
         {"epoch": 1},
         {"is_best": False, "best": 0.0},
-        {"is_best": False, "pending_evaluation": True, "top1": {}, "improved": ()},
+        {"is_best": False, "pending_evaluation": True, "top1": {}},
     ],
 )
 def test_consistent_metadata_is_accepted(saved: Path, changes: dict[str, Any]) -> None:

@@ -50,35 +50,50 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
 
 
 accuracies = st.integers(0, 4).map(lambda number: number / 4)
-evaluations = st.lists(st.none() | st.tuples(accuracies, accuracies), min_size=1, max_size=8)
+saves = st.lists(st.tuples(st.none() | st.tuples(accuracies, accuracies), st.booleans()), min_size=1, max_size=8)
 
 
-@given(evaluations)
-def test_best_files_have_the_first_step_of_the_best_accuracy(
-    tmp_path_factory: pytest.TempPathFactory, found: Sequence[tuple[float, float] | None]
+@given(saves)
+def test_best_files_have_the_first_saved_step_of_the_best_accuracy(
+    tmp_path_factory: pytest.TempPathFactory, steps: Sequence[tuple[tuple[float, float] | None, bool]]
 ) -> None:
-    """Each kind has its own best step, and steps without an evaluation change only the last weights."""
+    """Each kind has its own best step, and steps without an evaluation change only the last weights.
+
+    Steps whose save failed, for example because the disk was full, are not better than the files.
+    """
     folder = tmp_path_factory.mktemp("run")
     files, progress = WeightsFiles(folder, fat.WeightsInfo(model="fat_b0")), Progress()
-    for step, top1 in enumerate(found, 1):
+    for step, (top1, is_saved) in enumerate(steps, 1):
         progress = progress.after(step, Position(0, step))
         if top1 is not None:
             progress = progress.evaluated(dict(zip(WEIGHTS_KINDS, top1, strict=True)))
-        files.write(state_of(step), progress)
+        if is_saved:
+            files.write(state_of(step), progress)
+    saved = [(step, top1) for step, (top1, is_saved) in enumerate(steps, 1) if is_saved]
+    if not saved:
+        return
+    scored = dict.fromkeys(WEIGHTS_KINDS, -1.0)
     for index, kind in enumerate(WEIGHTS_KINDS):
         last = fat.read_info(weights_file(folder, "last", kind))
-        assert (last.step, last.ema, last.model) == (len(found), kind == "average", "fat_b0")
-        assert last.top1 == (None if found[-1] is None else found[-1][index])
-        evaluated = [(top1[index], step) for step, top1 in enumerate(found, 1) if top1 is not None]
+        (last_step, found) = saved[-1]
+        assert (last.step, last.ema, last.model) == (last_step, kind == "average", "fat_b0")
+        assert last.top1 == (None if found is None else found[index])
+        evaluated = [(top1[index], step) for step, top1 in saved if top1 is not None]
         best = weights_file(folder, "best", kind)
         assert best.exists() == bool(evaluated)
         if evaluated:
-            accuracy, step = max(evaluated, key=lambda pair: (pair[0], -pair[1]))
+            scored[kind], step = max(evaluated, key=lambda pair: (pair[0], -pair[1]))
             info = fat.read_info(best)
-            assert (info.top1, info.step) == (accuracy, step)
-    scored = {kind: progress.best_top1.get(kind, -1.0) for kind in WEIGHTS_KINDS}
+            assert (info.top1, info.step) == (scored[kind], step)
     expected = weights_file(folder, "best", max(WEIGHTS_KINDS, key=scored.__getitem__))
     assert best_weights_file(folder) == (expected if max(scored.values()) >= 0 else weights_file(folder, "last"))
+
+
+def test_a_damaged_file_is_replaced_by_the_next_evaluated_weights(tmp_path: Path) -> None:
+    weights_file(tmp_path, "best").write_bytes(b"damaged")
+    progress = Progress().after(1, Position(0, 1)).evaluated({"weights": 0.0})
+    WeightsFiles(tmp_path, fat.WeightsInfo()).write(state_of(1), progress)
+    assert fat.read_info(weights_file(tmp_path, "best")).step == 1
 
 
 def test_a_run_without_weights_files_is_named(tmp_path: Path) -> None:
@@ -169,6 +184,20 @@ def test_an_earlier_runs_weights_are_moved_away_with_its_checkpoints(
     assert run(train, *options) == 0
     assert {path.name for path in (out / "checkpoints-before-1").glob("weights*")} == before
     assert {fat.read_info(path).step for path in out.glob("weights*")} == {1}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_earlier_runs_weights_without_checkpoints_are_moved_away(
+    trained: Path, digits: Path, tmp_path: Path, resume: str
+) -> None:
+    """Checkpoints may have been removed, or moved away by a start that was killed before it moved the weights."""
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = {path.name for path in out.glob("weights*")}
+    shutil.rmtree(out / "checkpoints")
+    options = (*SMALL, "--ema", "0", "--data", digits, "--out", out, "--resume", resume, "--stop-after", "1")
+    assert run(train, *options) == 0
+    assert {path.name for path in (out / "checkpoints-before-1").glob("weights*")} == before
+    assert {path.name for path in out.glob("weights*")} == {"weights-best.safetensors", "weights-last.safetensors"}
 
 
 @pytest.mark.parametrize(
