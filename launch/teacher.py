@@ -9,13 +9,13 @@ import torch
 import xxhash
 from torch import nn
 
-import fat
+from fat.features import MEAN, STD
 from launch.class_mapping import map_classes
+from launch.deploy.weights_file import load_weights_file
 from launch.engine.distillation import Channels, Teacher
 from launch.feed import Feed
 from launch.models.create import outputs_of
 from launch.models.specification import ModelSpec
-from launch.models.weights import load_model_file
 from launch.run.weights_files import best_weights_file
 from shards.errors import UserError
 
@@ -31,17 +31,19 @@ def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
         return None, []
     path, given = _source(config.teacher, config.teacher_weights)
     try:
-        model, info, notes = load_model_file(path, given, request=f"use --teacher {{}} --teacher-weights {path}")
+        model, info, notes = load_weights_file(path, given, request=f"use --teacher {{}} --teacher-weights {path}")
         of_teacher = outputs_of(model, size)
     except (UserError, ValueError, OSError) as error:
         text = str(error)
         raise UserError(f"--teacher: {text if text.startswith(str(path)) else f'{path}: {text}'}") from error
     classes, data = feed.class_list, Path(str(feed.dataset.path))
     outputs, class_notes = map_classes(info.classes, of_teacher, classes, model=path, data=data)
+    if outputs is None and of_teacher > classes.count:  # outputs without a class teach nothing
+        outputs = list(range(classes.count))
     mean, std = feed.augment.mean, feed.augment.std
-    own_mean, own_std = _normalization(model, info) or (mean, std)
+    own_mean, own_std = info.mean or MEAN, info.std or STD  # as in evaluation
     if info.size is not None and info.size != size:
-        notes.append(f"it was trained with images of {info.size} pixels, and gets images of {size}")
+        notes += (f"it was trained with images of {info.size} pixels, and gets images of {size}",)
     name = given or info.model or type(model).__name__
     accuracy = "" if info.top1 is None else f", top-1 {info.top1:.2%}"
     teacher = Teacher(
@@ -72,16 +74,6 @@ def _source(teacher: str, weights: Path | None) -> tuple[Path, ModelSpec | None]
     if weights is None:
         raise UserError(f"--teacher {teacher}: an untrained model teaches nothing; set --teacher-weights FILE")
     return best_weights_file(weights) if weights.is_dir() else weights, spec
-
-
-def _normalization(model: nn.Module, info: fat.WeightsInfo) -> tuple[Channels, Channels] | None:
-    """Return mean and standard deviation of the model's images: those in its file, else timm's; None: unknown."""
-    if info.mean is not None and info.std is not None:
-        return info.mean, info.std
-    config = getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and config.get("mean") and config.get("std"):
-        return tuple(config["mean"]), tuple(config["std"])
-    return None
 
 
 def _per_channel(value: Callable[[int], float]) -> Channels:

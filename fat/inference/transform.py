@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fat.features import CROP_PCT, INTERPOLATION, MEAN, SIZE, STD
 from fat.inference.pil_image import rgb_pixels
 from fat.model import MIN_SIZE
 from fat.weights.header import MAX_SIZE, Channels, WeightsInfo
@@ -18,10 +19,6 @@ from fat.weights.safe_pickle import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BICUBIC = "bicubic"
-# timm's defaults, for weights files that do not record their preprocessing.
-SIZE, CROP_PCT = 224, 0.875
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # As in evaluation (`pipeline.jobs`): ratio of the sides above which only a part of the image is resized, and source
 # pixels that the bicubic filter reads on each side of its centre.
 MAX_ASPECT = 8
@@ -41,9 +38,9 @@ class ImageTransform:
     """Side of the result in pixels, 32 to 8192."""
     crop_pct: float = CROP_PCT
     """Fraction of the short side that the crop keeps, in [0.1, 1]."""
-    mean: Channels = IMAGENET_MEAN
+    mean: Channels = MEAN
     """Mean of red, green and blue that is subtracted from values in 0 to 1."""
-    std: Channels = IMAGENET_STD
+    std: Channels = STD
     """Standard deviation of red, green and blue, by which the difference is divided."""
 
     def __post_init__(self) -> None:
@@ -63,13 +60,15 @@ class ImageTransform:
         Raises:
             ValueError: the file requires another interpolation than bicubic, or a value is out of range.
         """
-        if info.interpolation not in (None, BICUBIC):
-            raise ValueError(f"interpolation {printable(info.interpolation)!r} is not supported; expected {BICUBIC!r}")
+        if info.interpolation not in (None, INTERPOLATION):
+            raise ValueError(
+                f"interpolation {printable(info.interpolation)!r} is not supported; expected {INTERPOLATION!r}"
+            )
         return cls(
             size=size or info.size or SIZE,
             crop_pct=crop_pct or info.crop_pct or CROP_PCT,
-            mean=info.mean or IMAGENET_MEAN,
-            std=info.std or IMAGENET_STD,
+            mean=info.mean or MEAN,
+            std=info.std or STD,
         )
 
     def __call__(self, image: Tensor | Image) -> Tensor:
@@ -115,7 +114,7 @@ class ImageTransform:
             size = (round(rows.resized), round(columns.resized))
             if window.shape[-2:] != size:
                 window = window.contiguous(memory_format=torch.channels_last)
-                window = functional.interpolate(window, size=size, mode=BICUBIC, antialias=True)
+                window = functional.interpolate(window, size=size, mode=INTERPOLATION, antialias=True)
             top, left = round(rows.corner), round(columns.corner)
             return window[..., top : top + self.size, left : left + self.size]
         return torch.stack([self._resize_region(each, rows, columns) for each in window])

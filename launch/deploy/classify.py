@@ -111,7 +111,9 @@ class Classifier:
         if pixels:
             images = self.transform.normalise(torch.stack(pixels).to(self.device))
             logits = self.model(images).float()
-            probabilities, outputs = logits.softmax(dim=1).topk(min(self.top, logits.shape[1]), dim=1)
+            # Of the logits, as in evaluation: different logits may have equal probabilities.
+            outputs = logits.topk(min(self.top, logits.shape[1]), dim=1).indices
+            probabilities = logits.softmax(dim=1).gather(1, outputs)
             rows = zip(outputs.tolist(), probabilities.tolist(), strict=True)
         results = []
         for image in decoded:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fat
-from fat.inference.transform import BICUBIC
+from fat.features import INTERPOLATION
 from fat.model import MIN_SIZE
 from fat.weights.save import write_weights
 from launch.deploy.weights_file import load_weights_file
@@ -82,9 +82,10 @@ def export_file(
     transform = fat.ImageTransform.of(info)
     info = dataclasses.replace(
         info,
+        config=model.config if isinstance(model, fat.FAT) else None,
         size=transform.size,
         crop_pct=transform.crop_pct,
-        interpolation=BICUBIC,
+        interpolation=INTERPOLATION,
         mean=transform.mean,
         std=transform.std,
     )
@@ -110,7 +111,7 @@ def export_file(
             with _quiet():
                 fat.export_onnx(exported, file, size=size, metadata=metadata, verbose=False)
         progress.begin("comparing the file with the model")
-        _check(model, _load(file, target, info.model), transform.size, out)
+        _check(model, _load(file, target, info), transform.size, out)
         with file.open("rb+") as content:
             os.fsync(content.fileno())
         file.replace(out)
@@ -126,15 +127,18 @@ def export_metadata(info: fat.WeightsInfo, transform: fat.ImageTransform, output
     return {
         **info.to_header(),
         "classes": json.dumps(fat.class_names(info.classes, outputs)),
-        "preprocessing": json.dumps(dataclasses.asdict(transform) | {"interpolation": BICUBIC, "channels": "RGB"}),
+        "preprocessing": json.dumps(
+            dataclasses.asdict(transform) | {"interpolation": INTERPOLATION, "channels": "RGB"}
+        ),
         MARK: tool_version(),
     }
 
 
-def _load(file: Path, target: Format, model: str | None) -> Program:
+def _load(file: Path, target: Format, info: fat.WeightsInfo) -> Program:
     """Return the function that an exported file computes."""
     if target == "safetensors":
-        return load_weights_file(file, None if model is None else ModelSpec.parse(model))[0]
+        given = None if info.config is not None or info.model is None else ModelSpec.parse(info.model)
+        return load_weights_file(file, given)[0]
     if target == "torch-export":
         return torch.export.load(file).module()
     import onnxruntime

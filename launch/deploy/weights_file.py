@@ -41,11 +41,14 @@ def find_weights(path: Path, *, ema: bool = False) -> Path:
     raise UserError(f"{path}: contains no {last.name}; omit --ema, unless the run was trained with a moving average")
 
 
-def load_weights_file(path: Path, given: ModelSpec | None = None) -> tuple[nn.Module, fat.WeightsInfo, tuple[str, ...]]:
+def load_weights_file(
+    path: Path, given: ModelSpec | None = None, *, request: str = "add --model {}"
+) -> tuple[nn.Module, fat.WeightsInfo, tuple[str, ...]]:
     """Create the model of a weights file, in eval mode.
 
     Args:
         given: model that the user named (`launch.models.weights.load_model_file`).
+        request: see `launch.models.specification.spec_in_file`.
 
     Returns:
         The model, which maps normalised images [B, 3, H, W] to logits; the metadata, with class names from the run
@@ -55,7 +58,7 @@ def load_weights_file(path: Path, given: ModelSpec | None = None) -> tuple[nn.Mo
         UserError: the file is invalid, or its model cannot be created.
     """
     try:
-        model, info, notes = load_model_file(path, given)
+        model, info, notes = load_model_file(path, given, request=request)
     except (UserError, ValueError, OSError) as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -81,6 +83,8 @@ def load_model_file(
 ) -> tuple[nn.Module, fat.WeightsInfo, list[str]]:
     """Create the model of a weights file, which is not trusted, in eval mode; return it, its metadata and messages.
 
+    For a file of another program, the metadata is completed with the name of the model and timm's preprocessing.
+
     Args:
         given: model that the user named; required for a model of a function (`spec_in_file`), and for files without
             metadata that are not those of a FAT.
@@ -99,4 +103,19 @@ def load_model_file(
             return fat.load_model(path), info, [str(warning.message) for warning in caught]
     weights = read_weights(path)
     outputs = info.classes.count if info.classes is not None else 1  # `restore_model` finds the number
-    return restore_model(given, path, weights.tensors, outputs=outputs), info, list(weights.notes)
+    model, notes = restore_model(given, path, weights.tensors, outputs=outputs), list(weights.notes)
+    info = dataclasses.replace(info, model=str(given))
+    missing = {name: value for name, value in _preprocessing(model).items() if getattr(info, name) is None}
+    if missing:
+        shown = ", ".join(f"{name} {value}" for name, value in missing.items())
+        notes.append(f"{path} does not record its preprocessing completely; timm's of {given} is used: {shown}")
+    return model, dataclasses.replace(info, **missing), notes
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Return size, crop_pct, mean and std of a model of timm; those of its default weights. Empty for other models."""
+    config = getattr(model, "default_cfg", None)
+    if not isinstance(config, dict):
+        return {}
+    values = {name: config.get(name) for name in ("crop_pct", "mean", "std")} | {"size": config["input_size"][-1]}
+    return {name: tuple(value) if name in ("mean", "std") else value for name, value in values.items() if value}

@@ -146,6 +146,9 @@ def test_classes_are_matched_by_folder_name(tmp_path: Path, feed: Callable[..., 
     same, _ = load_teacher(feed("--teacher", saved(path, names)))
     assert same is not None
     assert same.outputs is None
+    more, _ = load_teacher(feed("--teacher", saved(path, names, fat.FAT(dataclasses.replace(TINY, num_classes=12)))))
+    assert more is not None
+    assert more.outputs == tuple(range(10))  # its outputs without a class teach nothing
     other, messages = load_teacher(feed("--teacher", saved(path, ["zebra", *reversed(names)])))
     assert other is not None
     assert other.outputs == tuple(range(10, 0, -1))

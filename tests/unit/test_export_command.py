@@ -18,6 +18,7 @@ from launch.cli import main as pipeline
 from launch.deploy import export
 from launch.deploy.export import SUFFIXES, export_file, export_metadata
 from shards.progress import Phases
+from tests.support import models
 from tests.support.commands import SMALL, run
 from tests.support.deployed import INFO, write_weights
 
@@ -65,6 +66,15 @@ def test_safetensors_file_holds_the_weights_and_describes_them(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "weights.safetensors"]
 
 
+def test_a_file_of_another_program_names_its_model_after_the_export(tmp_path: Path) -> None:
+    name, network, out = "tests.support.models:with_classifier", models.with_classifier(4), tmp_path / "a.safetensors"
+    torch.save(network.state_dict(), tmp_path / "downloaded.pth")
+    assert exported(tmp_path / "downloaded.pth", out, "--to", "safetensors", "--model", name) == 0
+    assert fat.read_info(out).model == name
+    with safe_open(out, framework="pt") as file:
+        assert torch.equal(file.get_tensor("fc.weight"), network.fc.weight)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_torch_export_file_accepts_any_batch_and_describes_itself(weights: Path, tmp_path: Path) -> None:
@@ -81,7 +91,7 @@ def test_torch_export_file_accepts_any_batch_and_describes_itself(weights: Path,
 def test_model_that_is_no_fat_is_exported_at_its_image_size(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(4 * 31 * 31, 4)).eval()
     with Phases("export") as progress:
-        export_file(model, INFO, tmp_path / "a.pt2", "torch-export", fuse=True, progress=progress)
+        export_file(model, INFO, tmp_path / "a.pt2", "torch-export", fuse=False, progress=progress)
     files = {"metadata.json": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
     check_metadata(json.loads(files["metadata.json"]))

@@ -20,7 +20,7 @@ from launch.machine.world import World
 from launch.models.cost import count
 from launch.models.create import check_model, create_model
 from launch.models.specification import ModelSpec, spec_in_file
-from launch.models.weights import load_weights, restore_model
+from launch.models.weights import load_model_file, load_weights, restore_model
 from launch.optim.fine_tuning import classifier_of
 from shards.errors import UserError
 from tests.support import models
@@ -282,6 +282,27 @@ def test_the_classifier_of_a_model_of_timm_is_replaced(tmp_path: Path) -> None:
     assert "newly initialised" in note
     kept, loaded = (dict(m.named_parameters()) for m in (before, model))
     assert all(torch.equal(loaded[name], kept[name]) for name in kept if not name.startswith("fc."))
+
+
+@pytest.mark.usefixtures("vision_libraries")
+def test_a_file_of_another_program_is_used_with_the_preprocessing_of_timm(tmp_path: Path) -> None:
+    import timm
+
+    network = timm.create_model("test_vit", num_classes=3)
+    torch.save(network.state_dict(), path := tmp_path / "downloaded.pth")
+    _, info, notes = load_model_file(path, spec("timm/test_vit"))
+    assert (info.model, info.size) == ("timm/test_vit", network.default_cfg["input_size"][-1])
+    assert (info.mean, info.std, info.crop_pct) == (
+        network.default_cfg["mean"], network.default_cfg["std"], network.default_cfg["crop_pct"],
+    )  # fmt: skip
+    assert "does not record its preprocessing completely; timm's of timm/test_vit is used: " in notes[0]
+    facts = {"size": 64, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "crop_pct": 0.5}
+    fat.save_weights(
+        network, path := tmp_path / "own.safetensors", info=fat.WeightsInfo(model="timm/test_vit", **facts)
+    )
+    _, info, notes = load_model_file(path)
+    assert {name: getattr(info, name) for name in facts} == facts
+    assert notes == []
 
 
 def test_a_model_is_restored_with_as_many_outputs_as_its_classifier_has(tmp_path: Path) -> None:
