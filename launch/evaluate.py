@@ -93,8 +93,8 @@ class Evaluate:
     limit: Annotated[Annotated[int, Interval(ge=1, le=10**12)] | None, default("all images")] = None
     """Evaluate only the first N images of the split."""
     best: bool = False
-    """Evaluate the run's weights-best.safetensors (with --ema: weights-ema-best.safetensors) instead of its newest
-    checkpoint."""
+    """Evaluate the run's best weights instead of its newest checkpoint: of the trained ones and their moving average,
+    those with the higher accuracy; with --ema, the best moving average."""
     ema: bool = False
     """Evaluate the run's EMA, the moving average of its weights, instead of the weights."""
     fuse: bool = False

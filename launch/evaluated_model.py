@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fat
 from launch.config.data import DataConfig
-from launch.deploy.weights_file import load_weights_file
+from launch.deploy.weights_file import find_weights, load_weights_file
 from launch.models.specification import ModelSpec, spec_in_file
 from launch.models.weights import restore_model
 from launch.optim.zero_state import weights_of
@@ -73,7 +73,7 @@ def load_model(
     Args:
         path: weights file, run folder (its newest checkpoint) or checkpoint folder.
         average: load the EMA of the run instead of its weights.
-        best: load the best weights of the run instead of those of its newest checkpoint.
+        best: load the best weights of the run (`find_weights`) instead of those of its newest checkpoint.
         given: model that the user named (`launch.models.weights.load_model_file`).
 
     Raises:
@@ -110,13 +110,9 @@ def training_data(path: Path) -> DataConfig | None:
 
 
 def _load_best(path: Path, *, average: bool, given: ModelSpec | None) -> EvaluatedModel:
-    file = weights_file(path, "best", "average" if average else "weights")
-    if not file.is_file():
-        raise UserError(
-            f"{path}: contains no {file.name}; --best requires a run folder whose "
-            f"{'moving average (--ema) has' if average else 'weights have'} been evaluated; omit --best"
-        )
-    return _load_weights_file(file, given)
+    if not path.is_dir():
+        raise UserError(f"{path}: --best requires a run folder; omit it")
+    return _load_weights_file(find_weights(path, ema=average), given)
 
 
 def _load_weights_file(path: Path, given: ModelSpec | None) -> EvaluatedModel:
@@ -175,10 +171,9 @@ def _find_checkpoint(path: Path, *, average: bool) -> tuple[Path, Checkpoint, tu
             f"{path}: contains no complete checkpoint; use a run folder (--out of the training), one of its "
             "checkpoints or a weights file"
         )
-    best = weights_file(path, "best", "average" if average else "weights")
     step = None
-    with contextlib.suppress(OSError, ValueError):  # a missing or damaged file does not concern this checkpoint
-        step = fat.read_info(best).step
+    with contextlib.suppress(OSError, ValueError, UserError):  # missing or damaged files do not concern this checkpoint
+        step = fat.read_info(find_weights(path, ema=average)).step
     if step is None or step == found.progress.step:
         return path, found, ()
     return (

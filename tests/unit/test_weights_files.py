@@ -129,15 +129,16 @@ def test_files_and_run_are_evaluated_alike_on_the_data_of_the_training(
     monkeypatch.setenv("FAT_DATA", str(tmp_path / "missing"))
     out = tmp_path / "figures.json"
     file = weights_file(trained, "best" if best else "last", "average" if average else "weights")
+    file = best_weights_file(trained) if best and not average else file  # the weights or their EMA
     options = [*(["--ema"] if average else []), *(["--best"] if best else [])]
     results = []
     for command in ((trained, *options), (file,)):
         assert run(evaluate, *command, "--json", out) == 0
         results.append(json.loads(out.read_text()))
-    top1 = fat.read_info(file).top1
+    info = fat.read_info(file)
     for result in results:
-        assert (result["size"], result["crop_pct"], result["ema"]) == (32, 0.9, average)
-        assert result["top1"] == pytest.approx(top1, abs=1e-6)
+        assert (result["size"], result["crop_pct"], result["ema"]) == (32, 0.9, info.ema)
+        assert result["top1"] == pytest.approx(info.top1, abs=1e-6)
     assert results[0]["loss"] == results[1]["loss"]
 
 
