@@ -36,7 +36,7 @@ from annotated_types import Interval
 import fat
 from fat.kernels.prefill.work import evaluation
 from launch.class_mapping import map_classes
-from launch.config.data import DataConfig, ModelSide
+from launch.config.data import DataConfig
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import kernels_from_environment, zero_and_precision
 from launch.engine.kernel_check import check_kernels
@@ -56,7 +56,7 @@ from shards.errors import UserError
 from shards.files.output import check_output, is_standard_output, write_output
 from shards.option_help import default
 from shards.progress import Progress
-from shards.ranges import CropPct, check_ranges
+from shards.ranges import CropPct, ModelSide, check_ranges
 from shards.redact import printable
 
 PROG = "launch/evaluate.py"

@@ -38,6 +38,8 @@ Seconds = Annotated[float, Interval(ge=0, le=10**8)]
 """Duration in seconds, up to three years, which all system timers support."""
 Side = Annotated[int, Interval(ge=1, le=8192)]
 """Side of a square image, in pixels."""
+ModelSide = Annotated[int, Interval(ge=32, le=8192)]
+"""Side of a model's square input images, in pixels; FAT downsamples images by a factor of 32."""
 CropPct = Annotated[float, Interval(ge=0.1, le=1)]
 """Fraction of the short side that the centre crop of an evaluation keeps. Images are first resized to size / crop_pct
 pixels, so a small one would make them huge."""

@@ -19,11 +19,9 @@ from pipeline.storage.remote.url import check_url, is_remote
 from shards.format.dataset import ShardSet
 from shards.format.manifest_digest import ManifestDigest, split_digest
 from shards.option_help import default
-from shards.ranges import Batch, CropPct, Fraction, check_ranges
+from shards.ranges import Batch, CropPct, Fraction, ModelSide, check_ranges
 
 DEFAULT_DATA = Path("imagenet-shards")
-# FAT downsamples images by a factor of 32.
-ModelSide = Annotated[int, Interval(ge=32, le=8192)]
 ChannelMean = Annotated[float, Interval(ge=0, le=1)]
 # A tiny standard deviation would make the normalized values, and their float32 rounding errors, huge.
 ChannelStd = Annotated[float, Interval(ge=1e-3, le=1)]

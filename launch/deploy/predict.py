@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Interval
 from tyro.conf import Positional, arg
 
-from launch.config.data import ModelSide
 from shards.errors import UserError
 from shards.files.output import check_output, is_standard_output, write_output
 from shards.option_help import default
 from shards.progress import Progress
-from shards.ranges import CropPct, check_ranges
+from shards.ranges import CropPct, ModelSide, check_ranges
 from shards.redact import printable
 
 if TYPE_CHECKING:

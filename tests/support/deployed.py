@@ -24,6 +24,7 @@ INFO = fat.WeightsInfo(
     step=7,
 )
 KINDS = {".jpg": "RGB", ".jpeg": "L", ".png": "RGB", ".gif": "P"}
+RIDGE = 1e-2  # relative to the mean variance of a feature
 SIZES = ((300, 200), (64, 64), (40, 330), (97, 150), (33, 50))  # (height, width); the third is resized in part
 
 
@@ -54,7 +55,10 @@ def write_weights(path: Path, images: Path | None = None, info: fat.WeightsInfo 
         with torch.no_grad():
             features = model.forward_head(model.forward_features(batch), pre_logits=True)
             centre = features.mean(dim=0)
-            weight = torch.linalg.lstsq(features - centre, target).solution.T
+            # Ridge regression: without the penalty, weights are so large that rounding errors decide predictions.
+            varied = (features - centre).double()
+            penalty = RIDGE * varied.square().sum() / varied.shape[1] * torch.eye(varied.shape[1])
+            weight = torch.linalg.solve(varied.T @ varied + penalty, varied.T @ target.double()).T.float()
             model.head.weight.copy_(weight)
             model.head.bias.copy_(-(weight @ centre))
     fat.save_weights(model, path, info=info)

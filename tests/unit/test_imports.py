@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -112,8 +114,6 @@ def test_imports_follow_the_rules_of_their_package(path: Path) -> None:
         if package in TORCH_FREE:
             assert module != "torch", f"{name} imports torch"
         if package == "fat" and top and module not in {*FAT_TOP_LEVEL, "fat"} and name not in ONLY_IN["triton"]:
-            import sys
-
             assert module in sys.stdlib_module_names, f"{name} imports {module} at module level"
 
 
@@ -186,3 +186,9 @@ def test_files_that_import_triton_or_ffcv_are_imported_lazily(path: Path) -> Non
         else:
             continue
         assert not names & rooms, f"{path.relative_to(ROOT)}: {names & rooms} at module level"
+
+
+def test_the_console_script_starts_without_torch() -> None:
+    """Importing torch takes seconds, also for `pipeline --help`."""
+    program = "import sys, launch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

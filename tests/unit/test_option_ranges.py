@@ -185,7 +185,7 @@ def test_recipe_file_is_checked_against_the_same_ranges(tmp_path: Path) -> None:
         ),
         ("x = " + "[" * 5000, "not a readable TOML file"),
         ("x = " + "9" * 5000, "not a readable TOML file"),
-        ("#" * (2 << 20), "larger than 1 MiB"),
+        ("#" * (2 << 20), "2,097,152 bytes, more than the 1,048,576 bytes that are allowed"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

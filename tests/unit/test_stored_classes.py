@@ -411,8 +411,9 @@ def test_fine_tuning_reports_the_decision_on_the_classifier_before_training(
         assert "classifier:" not in capsys.readouterr().err
 
 
-def test_a_folder_given_as_weights_is_rejected_and_a_file_in_it_suggested(
-    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_folder_without_weights_is_rejected_as_weights(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(train, *SMALL, "--data", digits, "--weights", trained, "--out", tmp_path / "run") == 2
-    assert f"--weights {trained}: is a folder; use a weights file, such as {trained}/weights" in capsys.readouterr().err
+    assert run(train, *SMALL, "--data", digits, "--weights", tmp_path, "--out", tmp_path / "run") == 2
+    assert f"--weights {tmp_path}: contains no weights file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
