@@ -83,8 +83,8 @@ writers: list[BackgroundWriter] = []
 class RecordedWriter(BackgroundWriter):
     """Writer that appends itself to `writers`."""
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: CheckpointFolder, weights: WeightsFiles) -> None:
+        super().__init__(folder, weights)
         writers.append(self)
 
 

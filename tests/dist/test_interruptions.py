@@ -146,7 +146,7 @@ def test_a_run_preempted_during_an_evaluation_saves_and_evaluates_after_the_rest
     kinds = {"eval": ("model", "weights")} | ({"eval-ema": ("ema", "weights-ema")} if average else {})
     for kind, (key, name) in kinds.items():
         assert [(line["step"], line["samples"]) for line in lines(run, kind)] == [(2, 360)]
-        weights = load_file(run / f"{name}.safetensors")
+        weights = load_file(run / f"{name}-last.safetensors")
         assert all(torch.equal(saved[f"{key}/{n}"], w) for n, w in weights.items() if w.is_floating_point())
 
 

@@ -22,7 +22,7 @@ from tests.support.runs import OPTIONS, start, status, wait_for_step
 def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error(
     train: Trainer, tmp_path: Path, digits: Path, ranks: int
 ) -> None:
-    with small_disk(tmp_path / "disk", "200m") as disk:
+    with small_disk(tmp_path / "disk", "300m") as disk:
         run = disk / "run"
         options = ("--data", digits, "--out", run, "--save-every", "2")
         process = start(tmp_path, *options, ranks=ranks) if ranks > 1 else train.start(*OPTIONS, *options)
