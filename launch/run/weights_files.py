@@ -73,7 +73,7 @@ class WeightsFiles:
 
     def _paths(self, kind: WeightsKind, info: fat.WeightsInfo) -> Iterator[Path]:
         best = weights_file(self._run, "best", kind)
-        # Compared with the file, and not with `Progress.best_top1`: the step that reached it may not have been saved.
+        # Compared with the file, and not with `Progress.best`: the step that reached it may not have been saved.
         if info.top1 is not None and info.top1 > _top1_in(best):
             yield best
         yield weights_file(self._run, "last", kind)
