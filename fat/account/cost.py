@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fat.account.saved_tensors import SavedTensors
 from fat.blocks import FASA
 from fat.model import Trunk
 
@@ -82,18 +83,10 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         elif isinstance(module, FASA):
             module.register_forward_hook(add_attention)
 
-    of_model = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # by address; keeping a reference prevents reuse of the address
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in of_model:
-            saved[storage._cdata] = storage
-        return tensor
-
     dtype = next(twin.parameters()).dtype
     images = torch.empty(BATCH, twin.config.in_chans, height, width, dtype=dtype, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saved = SavedTensors(twin)
+    with saved:
         output = twin(images)
     del output
     return Cost(
@@ -101,5 +94,5 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         conv_macs=conv_macs // BATCH,
         attention_macs=attention_macs // BATCH,
         product_elements=elements // BATCH,
-        activation_bytes=sum(storage.nbytes() for storage in saved.values()) // BATCH,
+        activation_bytes=saved.nbytes // BATCH,
     )

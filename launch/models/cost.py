@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fat
 from fat.account.cost import Cost
+from fat.account.saved_tensors import SavedTensors
 from launch.models.create import ROWS, trial
 
 aten: Any = torch.ops.aten
@@ -31,18 +33,9 @@ def count(model: nn.Module, size: int) -> Cost:
         return fat.count(model, size)
     twin, images, output = trial(model, size)
     del output
-    of_model = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # by address; keeping a reference prevents reuse of the address
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in of_model:
-            saved[storage._cdata] = storage
-        return tensor
-
-    flops, products = FlopCounterMode(display=False), _Products(of_model)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.random.fork_rng(devices=[]), flops, products, hooks:
+    saved = SavedTensors(twin)
+    flops, products = FlopCounterMode(display=False), _Products(saved.of_model)
+    with torch.random.fork_rng(devices=[]), flops, products, saved:
         output = twin(images)
     del output
     counts = flops.get_flop_counts()["Global"]
@@ -52,14 +45,14 @@ def count(model: nn.Module, size: int) -> Cost:
         conv_macs=layers // (2 * ROWS),
         attention_macs=(flops.get_total_flops() - layers) // (2 * ROWS),
         product_elements=products.elements // ROWS,
-        activation_bytes=sum(storage.nbytes() for storage in saved.values()) // ROWS,
+        activation_bytes=saved.nbytes // ROWS,
     )
 
 
 class _Products(TorchDispatchMode):
     """Sums the input and output elements of matrix products and convolutions, without weights."""
 
-    def __init__(self, of_model: set[int]) -> None:
+    def __init__(self, of_model: Set[int]) -> None:
         super().__init__()
         self._of_model = of_model
         self.elements = 0
