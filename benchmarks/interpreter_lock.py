@@ -123,7 +123,7 @@ class HostDecoder(DaliDecoder):
 
         source = feed()
         pipe = host_pipeline(source, self.batch, self.threads, self.ahead)
-        images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
+        images = torch.zeros(self.batch, SIZE, SIZE, 3, dtype=torch.uint8)
         with contextlib.closing(source):  # type: ignore[type-var]
             while True:
                 pipe.run()
@@ -139,7 +139,7 @@ def host_pipeline(source: Iterator[tuple[Any, ...]], batch: int, threads: int, a
     """Build a pipeline in which DALI's threads read the headers of the images and pass the other inputs through."""
     pipe = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=ahead, seed=0)
     with pipe:
-        encoded, *rest = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
+        encoded, *rest = fn.external_source(source=source, num_outputs=5, batch=True, no_copy=True)
         pipe.set_outputs(fn.peek_image_shape(encoded), *rest)
     return pipe
 
@@ -171,7 +171,7 @@ class NoDecoder(HostDecoder):
     """Decoder that discards the encoded images and returns zeros."""
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[Tensor, DecodeJob, T], None, None]:
-        images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
+        images = torch.zeros(self.batch, SIZE, SIZE, 3, dtype=torch.uint8)
         for job, extra in jobs:
             yield images, job, extra
 
@@ -183,13 +183,13 @@ class NoAugment(HostAugment):
         return self._images
 
 
-def no_decoder(loader: str, options: Any, *, size: int, batch: int, **_: Any) -> NoDecoder:
-    return NoDecoder(size=size, batch=batch, device=CPU, threads=1)
+def no_decoder(loader: str, options: Any, *, batch: int, **_: Any) -> NoDecoder:
+    return NoDecoder(batch=batch, device=CPU, threads=1)
 
 
-def host_decoder(loader: str, options: Any, *, size: int, batch: int, **_: Any) -> HostDecoder:
+def host_decoder(loader: str, options: Any, *, batch: int, **_: Any) -> HostDecoder:
     settings = options.settings
-    return HostDecoder(size=size, batch=batch, device=CPU, threads=settings.decode_threads, ahead=settings.decode_ahead)
+    return HostDecoder(batch=batch, device=CPU, threads=settings.decode_threads, ahead=settings.decode_ahead)
 
 
 class Loader(TrainLoader):
@@ -350,8 +350,8 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
         sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
         params = draw(recipe, seed=0, epoch=0, ids=encoded.ids, **sizes)
         mixing = mix_params_of_steps(recipe, seed=0, steps=range(1), lanes=lanes)[0]
-        job = DecodeJob(encoded=encoded, window=params.windows, flip=params.flips)
-        decoder = HostDecoder(size=SIZE, batch=batch, device=CPU, threads=1)
+        job = DecodeJob(encoded=encoded, window=params.windows, size=SIZE, flip=params.flips)
+        decoder = HostDecoder(batch=batch, device=CPU, threads=1)
 
         def jobs() -> Iterator[tuple[Any, ...]]:
             while True:

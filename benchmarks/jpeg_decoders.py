@@ -94,7 +94,7 @@ def first_batch(feed: Feed) -> DecodeJob:
         encoded = reader.read(ids).checked()
     rows = encoded.rows
     drawn = draw(feed.augment, seed=plan.seed, epoch=0, ids=ids, heights=rows["height"], widths=rows["width"])
-    return DecodeJob(encoded=encoded, window=drawn.windows, flip=drawn.flips)
+    return DecodeJob(encoded=encoded, window=drawn.windows, size=feed.augment.size, flip=drawn.flips)
 
 
 def compare(
@@ -145,7 +145,7 @@ def main() -> None:
 
         def decoder(load: float) -> DaliDecoder:
             settings = LoaderSettings(hw_decoder_load=load)
-            return DaliDecoder(options.size, options.batch, device, threads=settings.decode_threads, settings=settings)
+            return DaliDecoder(options.batch, device, threads=settings.decode_threads, settings=settings)
 
         own = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(own):  # the loaders also decode on a separate stream

@@ -198,16 +198,14 @@ class BackgroundLoader(ABC):
         self,
         prepared: Iterator[PreparedBatch],
         *,
-        size: int,
         rows: int,
         evaluation: bool = False,
         normalisation: Normalisation | None = None,
     ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
-        """Decode, crop, resize and flip images; yield [n, size, size, 3] on the device (see `Decoder`)."""
+        """Decode, crop, resize and flip images; yield [n, job.size, job.size, 3] on the device (see `Decoder`)."""
         decoder = make_decoder(
             self._loader,
             self._options,
-            size=size,
             batch=rows,
             device=self._device,
             evaluation=evaluation,

@@ -121,7 +121,7 @@ class TrainJobs(Jobs):
             heights=encoded.rows["height"],
             widths=encoded.rows["width"],
         )
-        job = DecodeJob(encoded=encoded, window=params.windows, flip=params.flips)
+        job = DecodeJob(encoded=encoded, window=params.windows, size=self.augment.size, flip=params.flips)
         return PreparedBatch(job, request, params, self._mixing(request))
 
     def _mixing(self, request: BatchRequest) -> MixParams | None:
@@ -165,7 +165,7 @@ class EvalJobs(Jobs):
     def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
         heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
         window, region = eval_windows(heights, widths, self.size, self.crop_pct)
-        return PreparedBatch(DecodeJob(encoded=encoded, window=window, region=region), request)
+        return PreparedBatch(DecodeJob(encoded=encoded, window=window, size=self.size, region=region), request)
 
 
 @dataclass(frozen=True, kw_only=True)

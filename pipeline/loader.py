@@ -138,7 +138,6 @@ class TrainLoader(EpochLoader):
                 target_options=self._targets,
             )
             return
-        size, rows = self._augment.size, self._shape.micro_rows
         # On a CPU, normalising in the decoder is free, because the pixels are still in the CPU's cache. It is possible
         # only if no operation on the 8-bit pixels, and no erasing, follows the decoder.
         by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
@@ -146,7 +145,7 @@ class TrainLoader(EpochLoader):
         with (
             self._prepare(self._jobs()) as prepared,
             # Close explicitly: the traceback of an error in a later stage would keep these generators alive.
-            closing(self._decode(prepared, size=size, rows=rows, normalisation=normalisation)) as decoded,
+            closing(self._decode(prepared, rows=self._shape.micro_rows, normalisation=normalisation)) as decoded,
         ):
             augmented = self.stage_trace.map("augment", self._mix if by_decoder else self._augmenter(), decoded)
             yield from self.stage_trace.map("transfer", self._batch, augmented)
@@ -284,11 +283,10 @@ class EvalLoader(BackgroundLoader):
         return EvalJobs(plan=self._plan, shard_samples=shard_samples, size=self._size, crop_pct=self._crop_pct)
 
     def _batches(self) -> Iterator[Batch]:
-        size, rows = self._size, self._plan.batch
         if self._loader == "synthetic":
             classes = len(self._dataset.manifest.classes)
             yield from synthetic_batches(
-                self._jobs().planned(), size=size, classes=classes, device=self._device, dtype=self._dtype
+                self._jobs().planned(), size=self._size, classes=classes, device=self._device, dtype=self._dtype
             )
             return
         by_decoder = self._device.type == "cpu"
@@ -296,7 +294,7 @@ class EvalLoader(BackgroundLoader):
         with (
             self._prepare(self._jobs()) as prepared,
             closing(
-                self._decode(prepared, size=size, rows=rows, evaluation=True, normalisation=normalisation)
+                self._decode(prepared, rows=self._plan.batch, evaluation=True, normalisation=normalisation)
             ) as decoded,
         ):
             for_device = self._channels_first if by_decoder else self._normalise

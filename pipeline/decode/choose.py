@@ -25,7 +25,6 @@ def make_decoder(
     loader: ResolvedLoader,
     options: LoaderOptions,
     *,
-    size: int,
     batch: int,
     device: torch.device,
     evaluation: bool,
@@ -37,7 +36,6 @@ def make_decoder(
     Args:
         loader: name of the decoder.
         options: threads, queue sizes and options of the decoder.
-        size: side of the output in pixels.
         batch: rows of the largest batch.
         device: device of the output.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
@@ -52,13 +50,10 @@ def make_decoder(
     if loader == "ffcv":
         from pipeline.decode.ffcv import FfcvDecoder
 
-        return FfcvDecoder(
-            size=size, device=device, threads=threads, ahead=ahead, normalisation=normalisation, trace=trace
-        )
+        return FfcvDecoder(device=device, threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
     from pipeline.decode.dali import DaliDecoder
 
     return DaliDecoder(
-        size=size,
         batch=batch,
         device=device,
         threads=threads,

@@ -47,7 +47,6 @@ class FfcvDecoder:
     levels from PIL's bicubic resize.
 
     Args:
-        size: side of the output in pixels.
         device: device of the output; decoding always uses the CPU.
         threads: threads that decode.
         ahead: number of batches that are decoded concurrently.
@@ -55,7 +54,6 @@ class FfcvDecoder:
         trace: records the decoding in every thread, the waits for it and the number of decoded batches.
     """
 
-    size: int
     device: torch.device
     threads: int
     ahead: int = 2
@@ -102,7 +100,7 @@ class _Task:
         self, job: DecodeJob, decoder: FfcvDecoder, buffers: BufferPool, pool: ThreadPoolExecutor, number: int
     ) -> None:
         self._job, self._device, self._trace, self._number = job, decoder.device, decoder.trace, number
-        n, size = len(job.encoded.ids), decoder.size
+        n, size = len(job.encoded.ids), job.size
         dtype = torch.uint8 if decoder.normalisation is None else torch.float32
         if self._device.type == "cuda":
             self._out = torch.empty((n, size, size, 3), dtype=dtype, pin_memory=True)
@@ -110,7 +108,7 @@ class _Task:
             self._out = buffers.empty((n, size, size, 3), dtype)
         normal = decoder.normalisation or IDENTITY
         self._scale, self._offset = scale_and_offset(normal.mean, normal.std, size)
-        self._geometry = _geometry(job, size)
+        self._geometry = _geometry(job)
         self._failed = np.zeros(n, np.bool_)
         starts = range(0, n, IMAGES_PER_TASK)
         self.parts: list[Future[None]] = [
@@ -149,7 +147,7 @@ class _Task:
         )
 
 
-def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:
+def _geometry(job: DecodeJob) -> NDArray[np.int64]:
     """Compute the arguments of `_decode` for each image.
 
     Returns:
@@ -159,11 +157,10 @@ def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:
     rows = job.encoded.rows
     sides = np.stack([rows["height"], rows["width"]], axis=1)
     # OpenCV resizes to whole pixels only. For images of extreme aspect ratio, the size may be off by half a pixel.
-    resize, anchor = map(np.rint, job.resized_windows(size))
+    resize, anchor = map(np.rint, job.resized_windows())
     flip = np.zeros(n) if job.flip is None else job.flip
-    return np.concatenate([sides, job.window, resize, np.minimum(anchor, resize - size), flip[:, None]], axis=1).astype(
-        np.int64
-    )
+    corner = np.minimum(anchor, resize - job.size)
+    return np.concatenate([sides, job.window, resize, corner, flip[:, None]], axis=1).astype(np.int64)
 
 
 @njit(nogil=True)

@@ -53,22 +53,24 @@ class DecodeJob:
     """The encoded images."""
     window: NDArray[np.int32]
     """int32 [n, 4]: y, x, height, width of the crop window, in source pixels."""
+    size: int
+    """Side of the output in pixels, equal for all images of the batch. It may differ from batch to batch."""
     flip: NDArray[np.bool_] | None = None
     """bool [n]: whether to flip horizontally. None: no image is flipped."""
     region: NDArray[np.float64] | None = None
     """float64 [n, 4]: y, x, height, width of the part of the window that is resized to the output, in pixels of the
     window. None: the whole window."""
 
-    def resized_windows(self, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Compute the size of each window after resizing its region to `size` x `size`, and the region's corner in it.
+    def resized_windows(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Compute the size of each window after resizing its region to the output, and the region's corner in it.
 
         Returns:
             float64 [n, 2] (height, width) and float64 [n, 2] (y, x). If all four are whole numbers, the output can be
             computed by resizing the window and cropping.
         """
         if self.region is None:
-            return np.full((len(self.window), 2), float(size)), np.zeros((len(self.window), 2))
-        scale = size / self.region[:, 2:]
+            return np.full((len(self.window), 2), float(self.size)), np.zeros((len(self.window), 2))
+        scale = self.size / self.region[:, 2:]
         return self.window[:, 2:] * scale, self.region[:, :2] * scale
 
 
@@ -92,8 +94,8 @@ class Decoder(Protocol):
             jobs: pairs of a job and any object that belongs to it.
 
         Yields:
-            images: uint8 [n, size, size, 3], RGB, on the decoder's device; float32 if the decoder normalises. The
-                decoder does not use them again.
+            images: uint8 [n, size, size, 3] with the job's size, RGB, on the decoder's device; float32 if the decoder
+                normalises. The decoder does not use them again.
             job, extra: the pair that was passed in.
 
         Raises:

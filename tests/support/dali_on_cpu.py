@@ -28,17 +28,24 @@ def decoded(size: int, photos: list[Image.Image], *, evaluation: bool, **job: An
         evaluation: whether the jobs have regions.
         job: other fields of the DecodeJob. The default window is the whole photo.
     """
+    return decoded_at_sizes([size], photos, evaluation=evaluation, **job)[0]
+
+
+def decoded_at_sizes(sizes: list[int], photos: list[Image.Image], *, evaluation: bool, **job: Any) -> list[np.ndarray]:
+    """Decode photos once for each output size, with one graph (see `decoded`)."""
     images = [encoded(photo) for photo in photos]
-    sizes = np.array([photo.size[::-1] for photo in photos], np.int32)
-    window = job.pop("window", np.concatenate([np.zeros_like(sizes), sizes], axis=1))
+    sides = np.array([photo.size[::-1] for photo in photos], np.int32)
+    window = job.pop("window", np.concatenate([np.zeros_like(sides), sides], axis=1))
     # 3 images for a decoder of up to 4, because batches may be smaller than the largest.
-    whole = DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window, **job)  # type: ignore[arg-type]
+    whole: Any = SimpleNamespace(ids=np.arange(3), images=images)
+    jobs = [DecodeJob(encoded=whole, window=window, size=size, **job) for size in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fn.decoders, "image_slice", _image_slice(fn.decoders.image_slice))
         patch.setattr(dali, "Pipeline", lambda device_id, **options: Pipeline(device_id=None, **options))
-        decoder = DaliDecoder(size=size, batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
-        (found,) = decoder._build(iter([decoder._inputs(whole)] * 4)).run()
-        return np.asarray(found.as_tensor())
+        decoder = DaliDecoder(batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
+        inputs = [decoder._inputs(each) for each in jobs]
+        graph = decoder._build(iter(inputs + inputs[-1:] * 4))  # 4 more, because DALI prefetches
+        return [np.array(graph.run()[0].as_tensor()) for _ in jobs]
 
 
 def encoded(photo: Image.Image) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.job import DecodeJob
 from pipeline.jobs import eval_geometry, eval_windows
-from tests.support.dali_on_cpu import decoded, encoded
+from tests.support.dali_on_cpu import decoded, decoded_at_sizes, encoded
 
 SIZE = 64
 PHOTOS = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea")]
@@ -29,6 +29,18 @@ def test_training_crops_resizes_and_flips_like_pil() -> None:
         expected[flipped] = expected[flipped].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert (found.dtype, found.shape) == (np.uint8, (3, SIZE, SIZE, 3))
     assert np.abs(found.astype(int) - np.stack(expected)).mean() < 2
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_the_output_size_may_change_from_batch_to_batch(evaluation: bool) -> None:
+    sizes = [32, 64, 96, 32]
+    job: dict[str, Any] = {}
+    if evaluation:
+        widths, heights = np.array([photo.size for photo in PHOTOS], np.int32).T
+        job["window"], job["region"] = eval_windows(heights, widths, SIZE)
+    found = decoded_at_sizes(sizes, PHOTOS, evaluation=evaluation, **job)
+    for size, pixels in zip(sizes, found, strict=True):
+        assert np.array_equal(pixels, decoded(size, PHOTOS, evaluation=evaluation, **job))
 
 
 def test_arrays_that_dali_reads_without_a_copy_stay_alive_until_it_has_read_them(
@@ -50,9 +62,10 @@ def test_arrays_that_dali_reads_without_a_copy_stay_alive_until_it_has_read_them
         for number in range(6):
             images = [encoded(photo) for photo in PHOTOS]
             window = np.array([[0, 0, *photo.size[::-1]] for photo in PHOTOS], np.int32)
-            yield DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window), number  # type: ignore[arg-type]
+            of_dali: Any = SimpleNamespace(ids=np.arange(3), images=images)
+            yield DecodeJob(encoded=of_dali, window=window, size=SIZE), number
 
-    decoder = DaliDecoder(size=SIZE, batch=3, device=torch.device("cpu"), threads=1, ahead=2)
+    decoder = DaliDecoder(batch=3, device=torch.device("cpu"), threads=1, ahead=2)
     for _, _, number in decoder.decode(jobs()):
         assert all(array() is not None for batch in given[number:] for array in batch), number
         assert not any(array() is not None for batch in given[: max(number - 2, 0)] for array in batch)

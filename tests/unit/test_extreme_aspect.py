@@ -37,7 +37,7 @@ def job_of(pixels: list[NDArray[np.uint8]], size: int, crop_pct: float) -> Decod
     sides = np.array([image.shape[:2] for image in pixels], np.int32)
     window, region = eval_windows(*sides.T, size, crop_pct)
     encoded = SimpleNamespace(ids=np.arange(len(pixels)), images=[], rows={"height": sides[:, 0], "width": sides[:, 1]})
-    return DecodeJob(encoded=cast(Any, encoded), window=window, region=region)
+    return DecodeJob(encoded=cast(Any, encoded), window=window, size=size, region=region)
 
 
 def reference(image: Image.Image, size: int, crop_pct: float) -> NDArray[np.int16]:
@@ -53,7 +53,7 @@ def test_the_cpu_gives_the_pixels_of_resize_then_crop(size: int, crop_pct: float
     pixels = [noise(*sides) for sides in SIZES]
     job = job_of(pixels, size, crop_pct)
     windows = [p[y : y + h, x : x + w] for p, (y, x, h, w) in zip(pixels, job.window.tolist(), strict=True)]
-    with Resizer(size=size, threads=1, normalisation=None) as resize:
+    with Resizer(threads=1, normalisation=None) as resize:
         shown = resize([np.ascontiguousarray(window) for window in windows], job).numpy().astype(np.int16)
     for row, sides, image in zip(shown, SIZES, pixels, strict=True):
         difference = np.abs(row - reference(Image.fromarray(image), size, crop_pct))
@@ -119,10 +119,10 @@ def test_an_extreme_image_takes_no_more_memory_than_its_centre() -> None:
         sides = np.array([(2, 65500), (65500, 2), (300, 400)], np.int32)
         window, region = eval_windows(*sides.T, 224)
         rows = {"height": sides[:, 0], "width": sides[:, 1]}
-        decoder = DaliDecoder(size=224, batch=3, device=torch.device("cpu"), threads=1, evaluation=True)
+        decoder = DaliDecoder(batch=3, device=torch.device("cpu"), threads=1, evaluation=True)
         def run(n):
             some = SimpleNamespace(ids=np.arange(n), images=jpegs[-n:], rows=rows)
-            job = DecodeJob(encoded=some, window=window[-n:], region=region[-n:])
+            job = DecodeJob(encoded=some, window=window[-n:], size=224, region=region[-n:])
             return [pixels for pixels, _, _ in decoder.decode([(job, 0)])][0]
         run(1)
         measure()

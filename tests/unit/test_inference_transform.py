@@ -36,10 +36,12 @@ def by_evaluation(pixels: np.ndarray, transform: fat.ImageTransform) -> torch.Te
     """Return what the loaders make of decoded pixels on a CPU, float32 [3, size, size]."""
     sides = [np.array([side], np.int32) for side in pixels.shape[:2]]
     window, region = eval_windows(*sides, transform.size, transform.crop_pct)
-    job = DecodeJob(encoded=cast(Any, SimpleNamespace(ids=np.arange(1))), window=window, region=region)
+    job = DecodeJob(
+        encoded=cast(Any, SimpleNamespace(ids=np.arange(1))), window=window, size=transform.size, region=region
+    )
     y, x, height, width = window[0]
     part = np.ascontiguousarray(pixels[y : y + height, x : x + width])
-    with Resizer(size=transform.size, threads=1, normalisation=Normalisation(transform.mean, transform.std)) as resize:
+    with Resizer(threads=1, normalisation=Normalisation(transform.mean, transform.std)) as resize:
         return resize([part], job)[0].permute(2, 0, 1)
 
 

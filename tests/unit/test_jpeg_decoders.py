@@ -66,7 +66,7 @@ def test_the_compared_batch_is_the_first_batch_of_training(digits: Path) -> None
     with feed.train_loader(step=0, dtype=torch.float32) as loader:
         batch = next(loader)
     assert job.encoded.ids.tolist() == batch.ids.tolist()
-    images, _, _ = next(DaliDecoder(size=32, batch=16, device=CPU, threads=1).decode([(job, None)]))
+    images, _, _ = next(DaliDecoder(batch=16, device=CPU, threads=1).decode([(job, None)]))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (feed.augment.mean, feed.augment.std))
     shown = ((batch.images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(shown - images.numpy()).max() < 1e-3
