@@ -64,6 +64,7 @@ from pipeline.decode.job import DecodeJob
 from pipeline.feed_process.process import FeedProcess
 from pipeline.jobs import MIX_STEPS, JobStream, TrainJobs
 from pipeline.loader import LoaderOptions, TrainLoader
+from pipeline.phases.train_phase import TrainPhase
 from pipeline.plan import TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.placement import open_storage
@@ -340,7 +341,8 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=0, pairs=True)
     lanes = plan.lane_of(range(batch))
     shape = BatchShape(global_batch=batch, pairs=True)
-    tasks = TrainJobs(plan=plan, shape=shape, augment=recipe, epochs=MANY_EPOCHS, start=plan.at(0))
+    phases = (TrainPhase(first_step=0, augment=recipe, shape=shape),)
+    tasks = TrainJobs(plan=plan, phases=phases, epochs=MANY_EPOCHS, start=plan.at(0))
     stream = JobStream(dataset=dataset, split="train", jobs=tasks, options=LoaderOptions())
     process = FeedProcess(stream, BadSamples(budget=0, samples=plan.samples, seed=0))
     with contextlib.closing(process), SampleReader(open_storage(dataset, "train")) as reader:

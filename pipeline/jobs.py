@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of_steps
-from pipeline.augment.recipe import AugmentRecipe
-from pipeline.batch_shape import BatchShape
 from pipeline.decode.job import DecodeJob
 from pipeline.options import LoaderOptions
+from pipeline.phases.train_phase import TrainPhase, phase_at
 from pipeline.plan import NO_SAMPLE, EvalPlan, Ids, Position, ShardRequest, TrainPlan
 from pipeline.stage_trace import StageTrace
 from pipeline.storage.bad_samples import BadSamples
@@ -87,23 +86,22 @@ class TrainJobs(Jobs):
     """The micro-batches of one rank, from `start` to the end of the last epoch."""
 
     plan: TrainPlan
-    shape: BatchShape
-    augment: AugmentRecipe
+    phases: tuple[TrainPhase, ...]
     epochs: int
     start: Position
-    _mix_block: int = field(default=-1, init=False, repr=False)
+    _mix_block: tuple[int, int] = field(default=(-1, -1), init=False, repr=False)
     _mixes: dict[int, list[MixParams]] = field(default_factory=dict, init=False, repr=False)
 
     def requests(self) -> Iterator[BatchRequest]:
         first = self.plan.steps_before(self.start)
         for step in range(first, self.epochs * self.plan.steps_per_epoch):
-            position = self.plan.at(step)
-            for micro in range(self.shape.accumulation):
-                ids, repeats = self.plan.ids_and_repeats(position, self.shape.rows(micro))
+            position, shape = self.plan.at(step), phase_at(self.phases, step).shape
+            for micro in range(shape.accumulation):
+                ids, repeats = self.plan.ids_and_repeats(position, shape.rows(micro))
                 yield BatchRequest(ids, position, micro, repeats)
 
     def shard_requests(self) -> Iterator[ShardRequest]:
-        shape = self.shape
+        shape = self.phases[0].shape  # the rows of the rank are the same in all phases
         rows = range(shape.rank * shape.rank_rows, (shape.rank + 1) * shape.rank_rows)
         return self.plan.shard_requests(self.start, rows, epochs=self.epochs)
 
@@ -113,27 +111,28 @@ class TrainJobs(Jobs):
     def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
         # A sample that is drawn several times in an epoch gets another augmentation each time.
         repeats = 0 if request.repeats is None else request.repeats * MAX_SAMPLES
+        phase = phase_at(self.phases, self.step(request.position))
         params = draw(
-            self.augment,
+            phase.augment,
             seed=self.plan.seed,
             epoch=request.position.epoch,
             ids=encoded.ids + repeats,
             heights=encoded.rows["height"],
             widths=encoded.rows["width"],
         )
-        job = DecodeJob(encoded=encoded, window=params.windows, size=self.augment.size, flip=params.flips)
-        return PreparedBatch(job, request, params, self._mixing(request))
+        job = DecodeJob(encoded=encoded, window=params.windows, size=phase.augment.size, flip=params.flips)
+        return PreparedBatch(job, request, params, self._mixing(request, phase))
 
-    def _mixing(self, request: BatchRequest) -> MixParams | None:
-        if not self.augment.mixes:
+    def _mixing(self, request: BatchRequest, phase: TrainPhase) -> MixParams | None:
+        if not phase.augment.mixes:
             return None
-        block, within = divmod(self.plan.steps_before(request.position), MIX_STEPS)
-        if block != self._mix_block:
-            self._mix_block, self._mixes = block, {}
+        block, within = divmod(self.step(request.position), MIX_STEPS)
+        if (block, phase.first_step) != self._mix_block:  # a block of steps may span several phases
+            self._mix_block, self._mixes = (block, phase.first_step), {}
         if request.micro not in self._mixes:
-            lanes = self.plan.lane_of(self.shape.rows(request.micro))
+            lanes = self.plan.lane_of(phase.shape.rows(request.micro))
             steps = range(block * MIX_STEPS, (block + 1) * MIX_STEPS)
-            mixes = mix_params_of_steps(self.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
+            mixes = mix_params_of_steps(phase.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
             self._mixes[request.micro] = mixes
         return self._mixes[request.micro][within]
 

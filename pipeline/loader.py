@@ -8,7 +8,7 @@ The state of a loader is the position after the last *delivered* batch. Batches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipeline.decode.job import Normalisation
 from pipeline.jobs import CROP_PCT, EvalJobs, PreparedBatch, TrainJobs, eval_geometry
 from pipeline.loaders.epochs import EpochLoader
 from pipeline.options import DaliOptions, LoaderOptions
+from pipeline.phases.train_phase import TrainPhase, check_phases
 from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
 from shards.errors import UserError
@@ -60,6 +61,8 @@ class TrainLoader(EpochLoader):
         kernels: augment with this project's Triton kernels where they are available, else with PyTorch.
         label_smoothing: label smoothing of `Batch.targets`, 0 to 1.
         num_classes: number of classes of `Batch.targets` if they are mixed or smoothed. None: that of the set.
+        phases: image size, augmentation and micro-batch size by step, for progressive resizing (`phases_of`). Batches
+            change between steps, without a pause. Empty: `shape` and `augment` at all steps.
 
     Raises:
         UserError: there is no such device, or `label_smoothing` or `num_classes` is out of range.
@@ -95,7 +98,10 @@ class TrainLoader(EpochLoader):
         kernels: bool = True,
         label_smoothing: float = 0.0,
         num_classes: int | None = None,
+        phases: Sequence[TrainPhase] = (),
     ) -> None:
+        phases = tuple(phases) or (TrainPhase(first_step=0, augment=augment, shape=shape),)
+        check_phases(phases, shape, augment)
         classes = len(dataset.manifest.classes)
         if num_classes is not None and num_classes < classes:
             raise UserError(f"num_classes {num_classes}: the data set has {classes} classes; use at least {classes}")
@@ -105,14 +111,14 @@ class TrainLoader(EpochLoader):
             dataset,
             split,
             plan,
-            shape,
+            phases,
             epochs=epochs,
             start=Position(0, 0) if start is None else start,
             device=device,
             dtype=dtype,
             options=options or LoaderOptions(),
         )
-        self._kernels, self._augment = kernels, augment
+        self._kernels = kernels
         self._targets = TargetOptions(num_classes=num_classes or classes, label_smoothing=label_smoothing)
 
     @property
@@ -121,16 +127,14 @@ class TrainLoader(EpochLoader):
         return self._targets.num_classes
 
     def _jobs(self) -> TrainJobs:
-        return TrainJobs(
-            plan=self._plan, shape=self._shape, augment=self._augment, epochs=self._epochs, start=self._next
-        )
+        return TrainJobs(plan=self._plan, phases=self._phases, epochs=self._epochs, start=self._next)
 
     def _batches(self) -> Iterator[Batch]:
         if self._loader == "synthetic":
-            classes, mixed = len(self._dataset.manifest.classes), self._augment.mixes
+            classes, mixed = len(self._dataset.manifest.classes), self._phases[0].augment.mixes
             yield from synthetic_batches(
                 self._jobs().requests(),
-                size=self._augment.size,
+                size=lambda request: self._phase(request.position).augment.size,
                 classes=classes,
                 device=self._device,
                 dtype=self._dtype,
@@ -140,12 +144,14 @@ class TrainLoader(EpochLoader):
             return
         # On a CPU, normalising in the decoder is free, because the pixels are still in the CPU's cache. It is possible
         # only if no operation on the 8-bit pixels, and no erasing, follows the decoder.
-        by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
-        normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
+        recipes = [phase.augment for phase in self._phases]
+        by_decoder = self._device.type == "cpu" and not any(each.policy or each.erase for each in recipes)
+        normalisation = Normalisation(recipes[0].mean, recipes[0].std) if by_decoder else None
+        rows = max(phase.shape.micro_rows for phase in self._phases)
         with (
             self._prepare(self._jobs()) as prepared,
             # Close explicitly: the traceback of an error in a later stage would keep these generators alive.
-            closing(self._decode(prepared, rows=self._shape.micro_rows, normalisation=normalisation)) as decoded,
+            closing(self._decode(prepared, rows=rows, normalisation=normalisation)) as decoded,
         ):
             augmented = self.stage_trace.map("augment", self._mix if by_decoder else self._augmenter(), decoded)
             yield from self.stage_trace.map("transfer", self._batch, augmented)
@@ -158,12 +164,15 @@ class TrainLoader(EpochLoader):
 
     def _augmenter(self) -> Callable[[DecodedBatch], DecodedBatch]:
         """Return a function that applies RandAugment, normalisation, random erasing and mixing on the device."""
-        augment = BatchAugment(self._augment, self._device, self._dtype, kernels=self._kernels)
+        augment = {  # the size is the only field that an augmentation of decoded pixels takes from its recipe
+            phase.augment.size: BatchAugment(phase.augment, self._device, self._dtype, kernels=self._kernels)
+            for phase in self._phases
+        }
 
         def augmented(decoded: DecodedBatch) -> DecodedBatch:
             pixels, batch = decoded
             assert batch.params is not None
-            return augment(pixels, batch.params, batch.mixing), batch
+            return augment[batch.job.size](pixels, batch.params, batch.mixing), batch
 
         return augmented
 
@@ -286,7 +295,11 @@ class EvalLoader(BackgroundLoader):
         if self._loader == "synthetic":
             classes = len(self._dataset.manifest.classes)
             yield from synthetic_batches(
-                self._jobs().planned(), size=self._size, classes=classes, device=self._device, dtype=self._dtype
+                self._jobs().planned(),
+                size=lambda _: self._size,
+                classes=classes,
+                device=self._device,
+                dtype=self._dtype,
             )
             return
         by_decoder = self._device.type == "cpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -14,33 +14,33 @@ from pipeline.plan import NO_SAMPLE
 def synthetic_batches(
     requests: Iterable[BatchRequest],
     *,
-    size: int,
+    size: Callable[[BatchRequest], int],
     classes: int,
     device: torch.device,
     dtype: torch.dtype,
     mixed: bool = False,
     target_options: TargetOptions | None = None,
 ) -> Iterator[Batch]:
-    """Yield batches with the ids and positions of the plan but the same random images, which stay on the device.
+    """Yield batches with the ids and positions of the plan, but the same random images, which stay on the device.
 
     Args:
         requests: the batches of the plan.
-        size: side of the images in pixels.
+        size: returns the side of a batch's images in pixels.
         classes: number of classes; labels are drawn from 0 to `classes` - 1.
         device: device of the tensors.
         dtype: floating-point dtype of the images.
         mixed: set `lam` to 0.5 in every row, as if each pair of rows was mixed.
         target_options: options of the batches' targets.
     """
-    by_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    by_shape: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator(device).manual_seed(0)
     for request in requests:
-        n = len(request.ids)
-        if n not in by_rows:
-            images = torch.randn(n, 3, size, size, device=device, dtype=dtype, generator=generator)
+        n, side = len(request.ids), size(request)
+        if (n, side) not in by_shape:
+            images = torch.randn(n, 3, side, side, device=device, dtype=dtype, generator=generator)
             labels = torch.randint(classes, (n,), device=device, generator=generator)
-            by_rows[n] = images.contiguous(memory_format=torch.channels_last), labels
-        images, labels = by_rows[n]
+            by_shape[n, side] = images.contiguous(memory_format=torch.channels_last), labels
+        images, labels = by_shape[n, side]
         yield Batch(
             images=images,
             labels=labels,

@@ -74,6 +74,19 @@ def parse_rand_augment(text: str) -> RandAugment:
     return spec
 
 
+def with_magnitude(text: str, magnitude: int) -> str:
+    """Return a RandAugment policy in timm's syntax with another mean magnitude.
+
+    Example:
+        >>> from pipeline.augment.recipe import with_magnitude
+        >>> with_magnitude("rand-m9-mstd0.5-inc1", 5)
+        'rand-m5-mstd0.5-inc1'
+    """
+    head, *parts = text.split("-")
+    others = [part for part in parts if not re.fullmatch(r"m\d+", part, re.ASCII)]
+    return "-".join([head, f"m{magnitude}", *others])
+
+
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 

@@ -9,8 +9,8 @@ import torch
 
 from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch
-from pipeline.batch_shape import BatchShape
 from pipeline.options import LoaderOptions
+from pipeline.phases.train_phase import TrainPhase, phase_at
 from pipeline.plan import Position, TrainPlan
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
@@ -28,7 +28,7 @@ class EpochLoader(BackgroundLoader):
     Args:
         dataset, split, device, dtype, options: see `BackgroundLoader`.
         plan: the order of the samples.
-        shape: the rows of each global batch that this rank delivers.
+        phases: image size, augmentation, and rows of each global batch that this rank delivers, by step.
         epochs: number of epochs, counted from the start of training. None: unlimited.
         start: first position to deliver.
     """
@@ -38,7 +38,7 @@ class EpochLoader(BackgroundLoader):
         dataset: ShardSet,
         split: str,
         plan: TrainPlan,
-        shape: BatchShape,
+        phases: tuple[TrainPhase, ...],
         *,
         epochs: int | None,
         start: Position,
@@ -53,18 +53,24 @@ class EpochLoader(BackgroundLoader):
             dtype=dtype,
             options=options,
             seed=plan.seed,
-            rank=shape.rank,
-            world=shape.world,
+            rank=phases[0].shape.rank,
+            world=phases[0].shape.world,
         )
-        self._plan, self._shape = plan, shape
+        self._plan, self._phases = plan, phases
         self._epochs = UNLIMITED_EPOCHS if epochs is None else epochs
         self._next = start
         self._loop: object | None = None  # identifies the most recent `for` loop
         self._loop_epoch: int | None = None  # the epoch that it delivers
 
     def __len__(self) -> int:
-        """Return the number of micro-batches of a complete epoch."""
-        return self._plan.steps_per_epoch * self._shape.accumulation
+        """Return the number of micro-batches of the complete epoch that the next batch belongs to."""
+        first = self.epoch * self._plan.steps_per_epoch
+        borders = [phase.first_step for phase in self._phases[1:]] + [first + self._plan.steps_per_epoch]
+        batches = 0
+        for phase, border in zip(self._phases, borders, strict=True):
+            steps = min(border, first + self._plan.steps_per_epoch) - max(phase.first_step, first)
+            batches += max(steps, 0) * phase.shape.accumulation
+        return batches
 
     @property
     def epoch(self) -> int:
@@ -110,7 +116,7 @@ class EpochLoader(BackgroundLoader):
             StopIteration: all epochs have been delivered.
         """
         batch = super().__next__()
-        if batch.micro == self._shape.accumulation - 1:
+        if batch.micro == self._phase(batch.position).shape.accumulation - 1:
             self._next = self._plan.after(batch.position)
         return batch
 
@@ -167,6 +173,9 @@ class EpochLoader(BackgroundLoader):
     def _within_loop(self) -> bool:
         """Whether the epoch of the most recent loop is not complete."""
         return self._loop_epoch == self.epoch
+
+    def _phase(self, position: Position) -> TrainPhase:
+        return phase_at(self._phases, self._plan.steps_before(position))
 
     @property
     def _identity(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from pipeline.jobs import CROP_PCT
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.loaders.process import local_world, rank_and_world
 from pipeline.options import LoaderOptions
+from pipeline.phases.size_schedule import SizeSchedule
+from pipeline.phases.train_phase import DEFAULT_MIN_STRENGTH, phases_of
 from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE, EvalPlan, TrainPlan
 from pipeline.storage.remote.shard_set import open_set
 from shards.cores import cores
@@ -28,6 +30,8 @@ def train_loader(
     batch_size: int | None = None,
     global_batch: int | None = None,
     size: int | None = None,
+    size_schedule: str | None = None,
+    min_strength: float = DEFAULT_MIN_STRENGTH,
     augment: AugmentRecipe | str = "fat",
     label_smoothing: float = 0.0,
     num_classes: int | None = None,
@@ -53,7 +57,11 @@ def train_loader(
         batch_size: images per batch of this process, as in torch's DataLoader. If `global_batch` is also given,
             successive batches belong to the same optimizer step (gradient accumulation).
         global_batch: images per optimizer step, over all processes. None: `batch_size` times the number of processes.
-        size: side of the images in pixels. None: 224, or the size of an `AugmentRecipe`.
+        size: side of the images in pixels. None: 224, or the size of an `AugmentRecipe`; with `size_schedule`, its last
+            size.
+        size_schedule: progressive resizing: points POSITION:SIZE, for instance `0:128,65:192,85:224`
+            (`SizeSchedule.parse`). Percentages need `epochs`.
+        min_strength: factor of RandAugment's magnitude at the smallest size of the schedule, 0 to 1 (`phases_of`).
         augment: augmentation: the name of a recipe (fat, light or none), or an `AugmentRecipe`.
         label_smoothing: label smoothing of `Batch.targets`, 0 to 1.
         num_classes: number of classes of `Batch.targets`, if the model has more outputs than the set has classes.
@@ -79,7 +87,10 @@ def train_loader(
         ...         for batch in loader:
         ...             loss = F.cross_entropy(model(batch.images), batch.targets)
     """
-    recipe = _recipe(augment, size)
+    schedule = None if size_schedule is None else SizeSchedule.parse(size_schedule)
+    if schedule is not None and size not in (None, schedule.last):
+        raise UserError(f"size {size}: size_schedule {schedule} ends at {schedule.last} pixels; omit size")
+    recipe = _recipe(augment, size if schedule is None else schedule.last)
     rank, world = rank_and_world(rank, world)
     if batch_size is None and global_batch is None:
         raise UserError("give batch_size (images per process) or global_batch (images over all processes)")
@@ -109,6 +120,14 @@ def train_loader(
         class_balance=class_balance,
         labels=dataset.index(split)["label"] if class_balance else None,
     )
+    phases = phases_of(
+        schedule,
+        augment=recipe,
+        shape=shape,
+        total_steps=None if epochs is None else epochs * plan.steps_per_epoch,
+        steps_per_epoch=plan.steps_per_epoch,
+        min_strength=min_strength,
+    )
     return TrainLoader(
         dataset,
         plan,
@@ -121,6 +140,7 @@ def train_loader(
         options=_with_threads(options),
         label_smoothing=label_smoothing,
         num_classes=num_classes,
+        phases=phases,
     )
 
 

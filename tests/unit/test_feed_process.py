@@ -26,6 +26,7 @@ from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
 from pipeline.options import LoaderSettings
+from pipeline.phases.train_phase import TrainPhase
 from pipeline.plan import EvalPlan, Position, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
@@ -77,8 +78,8 @@ def all_of(loader: TrainLoader | EvalLoader) -> list[list[Any]]:
 
 def job_stream(dataset: ShardSet, **options: Any) -> JobStream:
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, shuffle_block_size=16)
-    shape = BatchShape(global_batch=GLOBAL)
-    jobs = TrainJobs(plan=plan, shape=shape, augment=LIGHT, epochs=50, start=Position(0, 0))
+    phases = (TrainPhase(first_step=0, augment=LIGHT, shape=BatchShape(global_batch=GLOBAL)),)
+    jobs = TrainJobs(plan=plan, phases=phases, epochs=50, start=Position(0, 0))
     return JobStream(dataset=dataset, split="train", jobs=jobs, options=LoaderOptions(**options))
 
 

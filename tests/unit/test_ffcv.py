@@ -21,6 +21,7 @@ from pipeline.batch_shape import BatchShape
 from pipeline.decode.choose import make_decoder
 from pipeline.decode.job import DecodeError, DecodeJob
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
+from pipeline.loaders.factory import train_loader
 from pipeline.options import LoaderName
 from pipeline.plan import EvalPlan, TrainPlan
 from pipeline.storage.placement import open_storage
@@ -127,6 +128,19 @@ def test_pixels_are_close_to_pil_for_every_storage_format(sets: dict[str, Path],
                 expected = ImageOps.mirror(expected) if job.flip[row] else expected
                 errors.append(np.abs(pixels[row] - np.asarray(expected, np.float64)).mean())
     assert np.mean(errors) < 3
+
+
+def test_one_decoder_serves_every_output_size(sets: dict[str, Path]) -> None:
+    arguments: dict[str, Any] = {"global_batch": GLOBAL, "augment": "light", "options": LoaderOptions(loader="ffcv")}
+    with train_loader(sets["tars"], size_schedule="0e:64,1e:64,1e:96", epochs=2, **arguments) as loader:
+        batches = list(loader.stream())
+    assert {batch.images.shape[-1] for batch in batches} == {64, 96}
+    for size in (64, 96):
+        with train_loader(sets["tars"], size=size, epochs=2, **arguments) as loader:
+            fixed = list(loader.stream())
+        for batch, expected in zip(batches, fixed, strict=True):
+            if batch.images.shape[-1] == size:
+                assert torch.equal(batch.images, expected.images)
 
 
 def test_every_storage_format_gives_the_same_batches(sets: dict[str, Path]) -> None:

@@ -1,0 +1,1 @@
+"""Progressive resizing: the size schedule, and the phases of a training that it defines."""
