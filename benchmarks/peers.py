@@ -42,6 +42,7 @@ from launch.config.data import DataConfig
 from launch.config.engine import CompileConfig, ParallelConfig
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine
+from launch.engine.input_shapes import InputShape
 from launch.machine.device_peaks import synchronize
 from launch.machine.provenance import versions
 from launch.machine.world import World, connect
@@ -152,7 +153,7 @@ def engine_of(model: nn.Module, way: str, world: World, options: argparse.Namesp
         compile=CompileConfig(compile=mode),
         data=DataConfig(global_batch=options.batch, size=options.size),
     )
-    return Engine(model, recipe, world, micro_batch=options.batch, accumulation=1)
+    return Engine(model, recipe, world, shapes=[InputShape(options.batch, options.size, 1)])
 
 
 def random_batch(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Batch:

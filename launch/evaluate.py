@@ -157,7 +157,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     _, precision = zero_and_precision(ParallelConfig(precision=command.precision), world.device, ranks=world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     passes = [evaluation(model, (command.batch, 3, size, size), dtype=dtype)]
-    check_kernels(model, world, size=size, dtype=dtype, gradients=False, passes=passes)
+    check_kernels(model, world, sizes=[size], dtype=dtype, gradients=False, passes=passes)
     loader = EvalLoader(
         dataset,
         EvalPlan(samples, batch=command.batch, world=world.size, rank=world.rank),

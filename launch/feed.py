@@ -12,6 +12,7 @@ import torch
 import fat
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
+from launch.engine.input_shapes import InputShape
 from launch.machine.world import World
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.batch_shape import BatchShape, check_enough_samples
@@ -71,6 +72,11 @@ class Feed:
         for split in dataset.manifest.splits:
             dataset.check_sizes(split)  # the loaders check this too, but only after files were written
         return cls(recipe, world, dataset, augment, shape, plan)
+
+    @property
+    def input_shapes(self) -> tuple[InputShape, ...]:
+        """Shapes of this rank's training batches, in order of use."""
+        return (InputShape(self.shape.micro_rows, self.recipe.data.size, self.shape.accumulation),)
 
     @property
     def classes(self) -> int:

@@ -178,10 +178,8 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
     # Kernels that fail the check are disabled before the model is compiled or captured with them.
     kernels = check_training_kernels(prepared.recipe, prepared.feed, prepared.model)
     feed, decoder_messages = choose_jpeg_decoder(prepared.feed, previous=prepared.previous_decoder_load)
-    shape = feed.shape
     DISPLAY.phase("preparing the model for training")
-    rows = {"micro_batch": shape.micro_rows, "accumulation": shape.accumulation}
-    engine = Engine(prepared.model, feed.recipe, world, **rows, teacher=prepared.teacher)
+    engine = Engine(prepared.model, feed.recipe, world, shapes=feed.input_shapes, teacher=prepared.teacher)
     folder = RunFolder(feed.recipe, feed, engine, kernels)
     messages = (*prepared.messages, *decoder_messages)
     return Components(feed, engine, folder, trackers, messages, engine.resolved | kernels.resolved)

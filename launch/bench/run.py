@@ -53,8 +53,9 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int, progress: Phases) -> Fi
     with one_rank(recipe, ranks=ranks) as (feed, kernels):
         progress.begin("building the model")
         model = build_model(feed.recipe, feed.classes)
-        rows, (teacher, _) = feed.shape.micro_rows, load_teacher(feed)
-        engine = Engine(model, feed.recipe, feed.world, micro_batch=rows, accumulation=1, teacher=teacher)
+        teacher, _ = load_teacher(feed)
+        shapes = [dataclasses.replace(shape, accumulation=1) for shape in feed.input_shapes[-1:]]
+        engine = Engine(model, feed.recipe, feed.world, shapes=shapes, teacher=teacher)
         for note in engine.notes:
             progress.note(note)
         return _figures(feed, engine, steps, {"ranks": ranks, **engine.resolved, **kernels.resolved}, progress)

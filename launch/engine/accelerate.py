@@ -30,8 +30,6 @@ def wrap(
     *,
     zero: int,
     bf16: bool,
-    micro_batch: int,
-    accumulation: int,
     clip_grad: float,
 ) -> tuple[Any, Any]:
     """Wrap model and optimizer. Collective.
@@ -42,7 +40,7 @@ def wrap(
     Args:
         model: on its device.
         zero: ZeRO stage; 0 = DDP.
-        bf16, micro_batch, accumulation, clip_grad: used only in the DeepSpeed configuration.
+        bf16, clip_grad: used only in the DeepSpeed configuration.
 
     Returns:
         The wrapped model, and the optimizer to step: PyTorch's without ZeRO, else DeepSpeed's.
@@ -80,8 +78,6 @@ def wrap(
             model,
             fused=optimizer.defaults["fused"],
             bf16=bf16,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
             clip_grad=clip_grad,
         )
         plugin = DeepSpeedPlugin(hf_ds_config=config)
@@ -112,17 +108,16 @@ def _without_cpu_extension() -> None:
     backend.build_shm_op = lambda: None
 
 
-def deepspeed_config(
-    zero: int, model: nn.Module, *, fused: bool, bf16: bool, micro_batch: int, accumulation: int, clip_grad: float
-) -> dict[str, Any]:
+def deepspeed_config(zero: int, model: nn.Module, *, fused: bool, bf16: bool, clip_grad: float) -> dict[str, Any]:
     """Return the configuration `launch/zero/zeroN.json`, completed with the values of this run (see `wrap`).
 
     Args:
         fused: whether the optimizer is fused.
     """
     config: dict[str, Any] = json.loads((FOLDER / f"zero{zero}.json").read_text(encoding="utf-8"))
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    config["gradient_accumulation_steps"] = accumulation
+    # The number of micro-batches can change between steps, so the engine itself divides the loss by it and marks the
+    # last micro-batch of each step.
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     config["torch_autocast"]["enabled"] = bf16
     settings = config["zero_optimization"]
     if zero == 3:

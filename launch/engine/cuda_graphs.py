@@ -6,14 +6,18 @@ host limits the throughput. A CUDA graph launches all kernels of a pass with one
 Each part of the model (stem, four stages, head) has one graph for its forward pass and one for its backward pass, so
 that DDP and DeepSpeed can reduce the gradients of later parts while the backward graphs of earlier parts run. All
 graphs share one memory pool. This requires that they are replayed in the order of capture, which is that of training;
-`_CapturedPart.backward` raises an error for any other order. Gradients of parameters are allocated outside the pool.
-Parts before the first trained parameter (of a frozen backbone) have no backward graph.
+`_Replay.backward` raises an error for any other order. Gradients of parameters are allocated outside the pool. Parts
+before the first trained parameter (of a frozen backbone) have no backward graph.
+
+Each shape of images has its own set of graphs. The sets share the pool, because a set's activations are needed only
+until its backward pass ends, and the gradients, so that a parameter's `grad` is the same tensor for all shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -27,7 +31,7 @@ from launch.engine.cuda_graph_capture import Recorder, Results
 
 
 class GraphedModel:
-    """Replays the training passes of a model after `capture` has recorded them.
+    """Replays the training passes of a model, for each shape of images that `capture` has recorded.
 
     It replaces `model.forward` on the instance, so that names, wrappers and checkpoints do not change. Passes in eval
     mode or without gradients run eagerly. Each forward pass must be followed by its backward pass before the next
@@ -45,7 +49,8 @@ class GraphedModel:
         self._model, self._recorder, self.keeps_gradients = model, recorder, keeps_gradients
         self._eager = model.forward
         self._parts = _parts(model)
-        self._captured: list[_CapturedPart] = []
+        self._captured: dict[torch.Size, list[_CapturedPart]] = {}
+        self._passes = 0  # number of forward passes
         # With `keeps_gradients`, this tensor replaces the parameters as the input that requires a gradient, so that
         # autograd runs the backward pass.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -69,14 +74,15 @@ class GraphedModel:
             inputs = [leaf for part_leaves in leaves for leaf in part_leaves.values()]
             torch.autograd.grad(x, inputs, grad_output, allow_unused=True)
 
-        with _preserve_state(self._model, images.device):
+        with preserve_state(self._model, images.device):
             self._recorder.warm_up(forward_backward)
 
     def capture(self, images: Tensor, autocast: torch.dtype | None) -> None:
-        """Record forward and backward of every part. Gradients, buffers and random generators do not change.
+        """Record forward and backward of every part, for images of one shape.
 
-        Call it outside autocast, with every layer in the mode (train or eval) of the following steps. For the arguments
-        see `warm_up`.
+        Gradients, buffers and random generators do not change. Call it outside autocast, with every layer in the mode
+        (train or eval) of the following steps. Capturing large images first saves memory: the graphs of smaller ones
+        then fit into parts of the pool. For the arguments see `warm_up`.
 
         Raises:
             Exception: an operation of the model cannot be captured, or memory is exhausted. Call `discard` then.
@@ -88,7 +94,7 @@ class GraphedModel:
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise RuntimeError(f"{name} has hooks, which a replay would not call")
         captured: list[_CapturedPart] = []
-        with _preserve_state(self._model, images.device):
+        with preserve_state(self._model, images.device):
             x = images.clone()
             for part in self._parts:
                 captured.append(_CapturedPart(part, x, autocast, self._recorder))
@@ -97,31 +103,38 @@ class GraphedModel:
             for captured_part in reversed(captured):
                 if grad_output is not None and captured_part.trains:
                     grad_output = captured_part.record_backward(grad_output, self._recorder)
-        self._captured = captured
+        self._captured[images.shape] = captured
 
     def discard(self) -> None:
         """Delete all graphs and restore the model's eager `forward`."""
-        self._captured = []
+        self._captured = {}
+        self._parts = []
         del self._model.forward
         self._recorder.release()
 
     @property
     def parts(self) -> int:
-        """Number of parts that are replayed."""
-        return len(self._captured)
+        """Number of parts that are replayed in each pass."""
+        return len(self._parts)
+
+    @property
+    def passes(self) -> int:
+        """Number of forward passes so far, of all shapes."""
+        return self._passes
 
     def _forward(self, images: Tensor) -> Tensor:
         if not (self._captured and self._model.training and torch.is_grad_enabled()):
             return cast(Tensor, self._eager(images))
-        if images.shape != self._captured[0].input.shape:
+        if images.shape not in self._captured:
             raise ValueError(
                 f"batch of shape {tuple(images.shape)}, but the CUDA graphs were captured for "
-                f"{tuple(self._captured[0].input.shape)}; use --compile off if shapes change"
+                f"{', '.join(str(tuple(shape)) for shape in self._captured)}; use --compile off if shapes change"
             )
-        x, keep = images, self.keeps_gradients
-        for part in self._captured:
-            differentiated_by = [self._anchor] if keep and part.trains else part.parameters
-            x = _Replay.apply(part, keep, x, *differentiated_by)
+        x = images
+        self._passes += 1
+        for part in self._captured[images.shape]:
+            differentiated_by = [self._anchor] if self.keeps_gradients and part.trains else part.parameters
+            x = _Replay.apply(self, part, x, *differentiated_by)
         return x
 
 
@@ -135,6 +148,16 @@ class _Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Static gradients of the trained parameters. Must not be created during a capture.
+
+        They are outside the graphs' pool, because accumulated gradients must survive the next forward pass, which may
+        reuse the pool's memory. Each has separate memory with the strides of its parameter, so that AccumulateGrad
+        adopts it without a copy (or it remains the parameter's `grad`), and clipping scales no element twice.
+        """
+        return [torch.empty_like(leaf, requires_grad=False) for leaf in self.leaves().values()]
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -171,10 +194,9 @@ class _CapturedPart:
     def __init__(self, part: _Part, x: Tensor, autocast: torch.dtype | None, recorder: Recorder) -> None:
         self.input, self.parameters = x, list(part.trained().values())
         self._addresses = self._present_addresses()
-        self._leaves = part.leaves()
+        self._leaves, self._static_gradients = part.leaves(), part.gradients
         self.trains = x.requires_grad or bool(self._leaves)
         """Whether the part has a backward pass: it, or a part before it, has trained parameters."""
-        self._passes = 0
         self._kept: Tensor | None = None  # the last output with its autograd graph, until the backward pass frees it
 
         def forward() -> Results:
@@ -188,10 +210,7 @@ class _CapturedPart:
         """Capture the backward pass from the output's static gradient; return the input's gradient, if required."""
         inputs = [self.input] if self.input.requires_grad else []
         leaves = list(self._leaves.values())
-        # Allocated outside the graphs' pool: accumulated gradients must survive the next forward pass, which may reuse
-        # the pool's memory. Each gradient has separate memory with the strides of its parameter, so that AccumulateGrad
-        # adopts it without a copy (or it remains the parameter's `grad`), and clipping scales no element twice.
-        static = [torch.empty_like(leaf, requires_grad=False) for leaf in leaves]
+        static = self._static_gradients
 
         def backward() -> Results:
             output, self._kept = self._kept, None
@@ -211,21 +230,18 @@ class _CapturedPart:
         """Replay the forward pass on `x`. The next replay overwrites the result."""
         if self._present_addresses() != self._addresses:
             raise RuntimeError("parameters have moved in memory since the CUDA graphs were captured")
-        self._passes += 1
         _copy_to_static(self.input, x)
         self._replay_forward()
         return self.output.detach()
 
-    def backward(self, grad_output: Tensor, number: int, *, keep: bool = False) -> Results:
-        """Replay the backward pass of forward pass `number`; return the gradients of the input and of the parameters.
+    def backward(self, grad_output: Tensor, *, keep: bool) -> Results:
+        """Replay the backward pass; return the gradients of the input and of the parameters.
 
         The gradient of the input is None if it does not require one.
 
         Args:
             keep: keep the parameters' gradients in their `grad`, and return a single None instead.
         """
-        if number != self._passes:
-            raise RuntimeError("a second forward pass has overwritten the activations of this backward pass")
         if not keep:
             self._save_accumulated()
         _copy_to_static(self._grad_output, grad_output)
@@ -237,11 +253,6 @@ class _CapturedPart:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
         return [grad_input, None]
-
-    @property
-    def passes(self) -> int:
-        """Number of forward passes so far."""
-        return self._passes
 
     def _save_accumulated(self) -> None:
         """Copy accumulated gradients out of the static tensors, which the next replay overwrites.
@@ -265,21 +276,22 @@ class _CapturedPart:
 
 
 class _Replay(torch.autograd.Function):
-    """One autograd node that replays a part: (part, keep, input, parameters) -> output.
+    """One autograd node that replays a part: (model, part, input, parameters) -> output.
 
-    With `keep`, a single anchor tensor takes the place of the parameters.
+    With `keeps_gradients`, a single anchor tensor takes the place of the parameters.
     """
 
     @staticmethod
-    def forward(ctx: Any, part: _CapturedPart, keep: bool, x: Tensor, *_: Tensor) -> Tensor:
-        output = part.forward(x)
-        ctx.part, ctx.number, ctx.keep = part, part.passes, keep
-        return output
+    def forward(ctx: Any, graphs: GraphedModel, part: _CapturedPart, x: Tensor, *_: Tensor) -> Tensor:
+        ctx.graphs, ctx.part, ctx.number = graphs, part, graphs.passes
+        return part.forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.part.backward(grad_output, ctx.number, keep=ctx.keep)
+        if ctx.number != ctx.graphs.passes:
+            raise RuntimeError("a second forward pass has overwritten the activations of this backward pass")
+        return None, None, *ctx.part.backward(grad_output, keep=ctx.graphs.keeps_gradients)
 
 
 def _copy_to_static(static: Tensor, value: Tensor) -> None:
@@ -289,7 +301,7 @@ def _copy_to_static(static: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore buffers (BatchNorm statistics) and random generators on exit."""
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -7,7 +7,7 @@ Related files: `launch/engine/execution.py` (how the model is executed), `launch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -22,8 +22,16 @@ from launch.engine.accelerate import wrap
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.distillation import Distiller, Teacher
-from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
+from launch.engine.execution import (
+    COMPILER_GRAPHS,
+    Execution,
+    capture_on_all_ranks,
+    compile_passes,
+    zero_and_precision,
+)
+from launch.engine.input_shapes import DropPathRates, InputShape
 from launch.engine.loss import SampleResults, autocast, evaluate_batches, training_loss
+from launch.engine.recalibration import recalibrate
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, convert_sync_batchnorm
 from launch.machine.world import World
 from launch.optim.fine_tuning import backbone_modules, freeze_backbone, set_grad_checkpointing
@@ -54,10 +62,11 @@ class Engine:
         model: on the CPU; it is moved to the device and wrapped.
         recipe: optimizer, precision, ZeRO stage, BatchNorm, execution.
         world: from `connect`.
-        micro_batch, accumulation: rows per forward pass, and forward passes per step, of this rank.
+        shapes: the shapes of this rank's batches, in order of use; a shape may occur several times.
         teacher: model whose outputs are distilled (`Recipe.distillation`); None: no distillation.
 
-    With CUDA graphs, the constructor captures forward and backward, and every batch must have the recipe's image size.
+    The constructor captures forward and backward for every shape as CUDA graphs, or compiles them, so that no step
+    waits for it. With CUDA graphs, every batch must have one of these shapes.
     """
 
     def __init__(
@@ -66,14 +75,16 @@ class Engine:
         recipe: Recipe,
         world: World,
         *,
-        micro_batch: int,
-        accumulation: int,
+        shapes: Sequence[InputShape],
         teacher: Teacher | None = None,
     ) -> None:
         self.world = world
         # Weight gradients of 1x1 convolutions are sums over all pixels of a batch; bf16 partial sums are too inexact.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.zero, self.precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
+        # The largest images first: see `GraphedModel.capture`.
+        self._shapes = sorted(dict.fromkeys(shapes), key=lambda shape: shape.rows * shape.size**2, reverse=True)
+        accumulation = max(shape.accumulation for shape in shapes)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
         if recipe.model.freeze_backbone:
@@ -85,7 +96,8 @@ class Engine:
         self._distiller = Distiller(teacher, distillation, world.device, self.precision) if teacher else None
         model = self.execution.apply_memory_format(model.to(world.device))
         model = convert_sync_batchnorm(model, recipe.parallel.sync_bn, world)
-        self.execution.compile_model(model)
+        self.execution.compile_model(model, shapes=len(self._shapes))
+        self._drop_path = DropPathRates(model, shapes)
         # GraphedModel replaces `model.forward`, so it is created before DDP or DeepSpeed wraps the model.
         graphed = self.execution.compile == "cudagraphs"
         # Static gradients are invalid with DDP, DeepSpeed or gradient accumulation.
@@ -102,8 +114,6 @@ class Engine:
             world,
             zero=self.zero,
             bf16=self.precision == "bf16",
-            micro_batch=micro_batch,
-            accumulation=accumulation,
             clip_grad=optim.clip_grad,
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
@@ -118,12 +128,16 @@ class Engine:
         self._update = None if self.zero else Updater(self._optimizer, self._state.parameters, spec)
         # DeepSpeed's clipping would make the host wait for the device (see `wrap`).
         self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"
-        self.notes: list[str] = []
+        self.notes: list[str] = [self._drop_path.note] if self._drop_path.note else []
         """Messages for the log about the setup of the engine."""
         self.phase: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
         """Returns the context of each "forward", "backward" and "optimizer" phase of a step, by its name."""
-        if self._graphs is not None:
-            self._capture(self._graphs, micro_batch)
+        self._set_training_mode()
+        with fat.kernels.use(self.execution.kernels):
+            if self._graphs is not None:
+                self._capture(self._graphs)
+            elif self.execution.uses_compiler:
+                self._compile()
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -134,7 +148,7 @@ class Engine:
         """Run one optimizer step on this rank's micro-batches. All ranks skip the update if a gradient is not finite.
 
         Args:
-            batches: `accumulation` micro-batches.
+            batches: micro-batches of one shape. Their number may differ from that of other steps.
             step: global step number. With seed and rank, it seeds drop path.
             lr: learning rate of this step, before the factors of `parameter_groups`.
         """
@@ -143,6 +157,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._set_training_mode()
+        self._drop_path.scale_for(len(batches[0].images), batches[0].images.shape[-1])
         with fat.kernels.use(self.execution.kernels):
             result = self._plain_step(batches, self._update) if self._update else self._deepspeed_step(batches)
         with self.phase("optimizer"):
@@ -174,14 +189,14 @@ class Engine:
             last = number == len(batches) - 1
             self._wrapped.set_gradient_accumulation_boundary(last)
             with self.phase("forward"):
-                loss = self._loss(self._wrapped(batch.images), batch)
+                loss = self._loss(self._wrapped(batch.images), batch) / len(batches)
             with self.phase("backward"):
-                self._wrapped.backward(loss)  # DeepSpeed divides the loss by the number of micro-batches
+                self._wrapped.backward(loss)
             with self.phase("optimizer"):
                 if last and self._clips:
                     norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
                 self._wrapped.step()
-            total += loss.detach() / len(batches)
+            total += loss.detach()
         if norm is None:  # DeepSpeed has computed the norm, and skipped the update if the norm is not finite
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)
@@ -209,19 +224,46 @@ class Engine:
         """
         self.average_statistics()
         self._wrapped.eval()
-        # Evaluate the unwrapped module, because wrappers would add collectives, and eagerly even if training is
-        # compiled, because compiling again for evaluation would take minutes.
-        forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._state.averaged() if average else contextlib.nullcontext(), fat.kernels.use(self.execution.kernels):
             for result in evaluate_batches(
-                forward, batches, device=self.world.device, precision=self.precision, samples=samples
+                self._eager_forward, batches, device=self.world.device, precision=self.precision, samples=samples
             ):
                 totals += result.counts.sum(dim=0)
         if self.world.size > 1:
             dist.all_reduce(totals)
         count, top1, top5, loss = totals.tolist()
         return {"samples": int(count), "top1": top1 / count, "top5": top5 / count, "loss": loss / count}
+
+    def recalibrate_batch_norm(self, batches: Iterable[Batch], *, average: bool = False) -> None:
+        """Replace BatchNorm's running statistics by their averages over training batches. Collective.
+
+        Every rank passes its part of the same batches, and the results are averaged over ranks. Frozen layers keep
+        their statistics. See `launch.engine.recalibration`.
+
+        Args:
+            average: recalibrate the EMA instead of the current weights.
+        """
+        self._set_training_mode()
+        norms = [norm for norm in batch_norms(self.model) if norm.training and norm.running_mean is not None]
+        self._wrapped.eval()
+        forward = self._eager_forward
+
+        def run(images: Tensor) -> None:
+            with autocast(self.world.device, self.precision):
+                forward(images)
+
+        with self._state.averaged() if average else contextlib.nullcontext(), fat.kernels.use(self.execution.kernels):
+            recalibrate(norms, run, (batch.images for batch in batches))
+        self._wrapped.eval()
+        self.average_statistics()
+
+    @property
+    def _eager_forward(self) -> Callable[[Tensor], Tensor]:
+        """Forward pass of the unwrapped module, because wrappers would add collectives, which is eager even if training
+        is compiled, because compiling again for evaluation would take minutes."""
+        forward: Callable[[Tensor], Tensor] = self.model.forward if self.execution.uses_compiler else self.model
+        return forward
 
     def average_statistics(self) -> None:
         """Average BatchNorm's running statistics over ranks (synchronized ones are equal already). Collective."""
@@ -321,16 +363,31 @@ class Engine:
             "BatchNorm": "frozen" if self._frozen else over,
         }
 
-    def _capture(self, graphs: GraphedModel, rows: int) -> None:
+    def _examples(self) -> Iterator[Tensor]:
+        """Yield random images of every shape, after setting its drop-path rates."""
+        device = self.world.device
+        for rows, size in dict.fromkeys((shape.rows, shape.size) for shape in self._shapes):
+            self._drop_path.scale_for(rows, size)
+            generator = torch.Generator(device).manual_seed(0)
+            images = torch.randn((rows, 3, size, size), generator=generator, device=device).to(self.input_dtype)
+            yield images.contiguous(memory_format=torch.channels_last)
+
+    def _compile(self) -> None:
+        """Compile the training passes of every shape with torch.compile. Collective."""
+
+        def forward(images: Tensor) -> Tensor:
+            # Through DDP, because the compiler splits the code where DDP reduces gradients.
+            local = self._wrapped.no_sync() if self.world.size > 1 and not self.zero else contextlib.nullcontext()
+            with local, autocast(self.world.device, self.precision):
+                logits: Tensor = (self.model if self.zero else self._wrapped)(images)
+            return logits
+
+        compile_passes(forward, self.model, self._examples(), uses_graphs=self.execution.compile in COMPILER_GRAPHS)
+
+    def _capture(self, graphs: GraphedModel) -> None:
         """Capture the training passes as CUDA graphs; if that fails on a rank, all ranks train eagerly. Collective."""
-        self._set_training_mode()
-        size, device = self._recipe.data.size, self.world.device
-        generator = torch.Generator(device).manual_seed(0)
-        images = torch.randn((rows, 3, size, size), generator=generator, device=device).to(self.input_dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with fat.kernels.use(self.execution.kernels):
-            cast_to = torch.bfloat16 if self.precision == "bf16" else None
-            reason = capture_on_all_ranks(graphs, images, cast_to, self.world)
+        cast_to = torch.bfloat16 if self.precision == "bf16" else None
+        reason = capture_on_all_ranks(graphs, self._examples, cast_to, self.world)
         if reason:
             self._graphs = None
             self.execution = replace(self.execution, compile="off", eager_reason=f"capture failed: {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +11,15 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import fat.kernels
 from fat.model import FAT
 from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
-from launch.engine.cuda_graph_capture import RECORDERS
-from launch.engine.cuda_graphs import GraphedModel
+from launch.engine.cuda_graph_capture import RECORDERS, WARM_UP
+from launch.engine.cuda_graphs import GraphedModel, preserve_state
 from launch.engine.sync_batchnorm import syncs_over_ranks
 from launch.machine.world import World
 from launch.optim.optimizers import OPTIMIZERS
@@ -33,6 +33,7 @@ Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"
 
 KERNELS_VARIABLE = "FAT_KERNELS"
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+RECOMPILE_LIMIT = 8  # of torch._dynamo: more compilations of a function for one shape are probably a mistake
 COMPILER_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that use CUDA graphs
 
 
@@ -71,7 +72,7 @@ class Execution:
         """Resolve the recipe's options; unset options get their defaults.
 
         Args:
-            accumulation: micro-batches per step.
+            accumulation: micro-batches per step; the largest number if it changes.
             ranks: world size of the training.
 
         Raises:
@@ -123,13 +124,20 @@ class Execution:
         """Convert the model's weights to this memory format, in place; return the model."""
         return model.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
 
-    def compile_model(self, model: nn.Module) -> None:
-        """Compile the model in place, before it is wrapped, so that names and checkpoints do not change."""
+    def compile_model(self, model: nn.Module, *, shapes: int) -> None:
+        """Compile the model in place, before it is wrapped, so that names and checkpoints do not change.
+
+        Args:
+            shapes: number of shapes of images for which it will be compiled.
+        """
         if self.uses_compiler:
             _check_compiler_cache()
             # FAT is one graph. Other models may have graph breaks.
             whole = isinstance(model, FAT)
-            model.compile(fullgraph=whole, mode=None if self.compile == "default" else self.compile)
+            # Code for each shape: code for variable sizes is slower, and its compilation would be a surprise in a step.
+            model.compile(fullgraph=whole, dynamic=False, mode=None if self.compile == "default" else self.compile)
+            config = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT * shapes)
 
     @property
     def uses_compiler(self) -> bool:
@@ -171,16 +179,24 @@ def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
     return ""
 
 
-def capture_on_all_ranks(graphs: GraphedModel, images: torch.Tensor, autocast: torch.dtype | None, world: World) -> str:
+def capture_on_all_ranks(
+    graphs: GraphedModel, examples: Callable[[], Iterable[Tensor]], autocast: torch.dtype | None, world: World
+) -> str:
     """Capture the training passes on all ranks, or on none if a capture fails; return its error, or an empty string.
 
-    Collective. For the arguments see `GraphedModel.warm_up`.
+    Collective.
+
+    Args:
+        examples: yields images of every shape, after setting what the passes with this shape depend on.
+        autocast: see `GraphedModel.warm_up`.
     """
     # Errors of the warm-up are not caught: they would also occur in training, and other ranks may be in a collective.
-    graphs.warm_up(images, autocast)
+    for images in examples():
+        graphs.warm_up(images, autocast)
     failure = ""
     try:
-        graphs.capture(images, autocast)
+        for images in examples():
+            graphs.capture(images, autocast)
     except Exception as error:
         failure = f"{type(error).__name__}: {first_line(error)}"
     failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(world.gather(failure)) if reason]
@@ -188,6 +204,27 @@ def capture_on_all_ranks(graphs: GraphedModel, images: torch.Tensor, autocast: t
         return ""
     graphs.discard()
     return failures[0] if world.size > 1 else failure
+
+
+def compile_passes(
+    forward: Callable[[Tensor], Tensor], model: nn.Module, examples: Iterable[Tensor], *, uses_graphs: bool
+) -> None:
+    """Compile forward and backward of a model with `compile_model` for every shape, by running both.
+
+    Gradients, buffers and random generators do not change. Collective if the model contains collectives.
+
+    Args:
+        forward: the training step's forward pass, without DDP's reduction of gradients.
+        examples: see `capture_on_all_ranks`.
+        uses_graphs: the compiler captures CUDA graphs, for which it needs further passes.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for images in examples:
+        with preserve_state(model, images.device):
+            for _ in range(WARM_UP if uses_graphs else 1):
+                logits = forward(images)
+                # No `backward()`, which would accumulate gradients and call the hooks of DeepSpeed.
+                torch.autograd.grad(logits, parameters, torch.ones_like(logits), allow_unused=True)
 
 
 @contextmanager

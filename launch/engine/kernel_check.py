@@ -68,18 +68,19 @@ def check_training_kernels(recipe: Recipe, feed: Feed, model: nn.Module) -> Kern
     """Run `check_kernels` for a training run. Collective."""
     _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    frozen, sides = recipe.model.frozen_norms, (3, recipe.data.size, recipe.data.size)
+    frozen, size = recipe.model.frozen_norms, recipe.data.size
+    shapes = dict.fromkeys((shape.rows, shape.size) for shape in feed.input_shapes)
     return check_kernels(
         model,
         feed.world,
-        size=recipe.data.size,
+        sizes=sorted({size, *(side for _, side in shapes)}),
         dtype=dtype,
         frozen_norms=frozen,
         augment=None if feed.loader_options.loader == "synthetic" else feed.augment,
         mode=recipe.compile.kernels,
         passes=[
-            training_step(model, (feed.shape.micro_rows, *sides), dtype=dtype, freeze_bn=frozen),
-            evaluation(model, (feed.eval_rows, *sides), dtype=dtype),
+            *(training_step(model, (rows, 3, side, side), dtype=dtype, freeze_bn=frozen) for rows, side in shapes),
+            evaluation(model, (feed.eval_rows, 3, size, size), dtype=dtype),
         ],
     )
 
@@ -88,7 +89,7 @@ def check_kernels(
     model: nn.Module,
     world: World,
     *,
-    size: int,
+    sizes: Sequence[int],
     dtype: torch.dtype,
     gradients: bool = True,
     frozen_norms: bool = False,
@@ -105,7 +106,7 @@ def check_kernels(
 
     Args:
         model: it is not changed.
-        size: height and width of its images in pixels.
+        sizes: heights and widths of its images in pixels.
         dtype: dtype of the batches. bfloat16: the model runs under autocast; float32: without autocast.
         gradients: whether the model is trained, not only evaluated.
         frozen_norms: whether BatchNorm uses its running statistics in training.
@@ -123,7 +124,8 @@ def check_kernels(
     def cases() -> list[Check]:
         found: list[Check] = []
         if of_model == "auto" and isinstance(model, Trunk):
-            found += selfcheck.cases(model, size, dtype, gradients=gradients, frozen_norms=frozen_norms)
+            options = {"gradients": gradients, "frozen_norms": frozen_norms}
+            found += dict.fromkeys(case for size in sizes for case in selfcheck.cases(model, size, dtype, **options))
         if augment is not None and of_loader == "auto":
             found += augment_selfcheck.cases(augment, dtype)
         return found

@@ -92,7 +92,7 @@ def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
         )
 
 
-def batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Return all BatchNorm layers, synchronized or not."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 

@@ -74,8 +74,8 @@ def steps_rate(feed: Feed, values: Values, *, ranks: int) -> float:
     recipe = replace(recipe, compile=replace(recipe.compile, **values))
     Execution.of(recipe, world.device, accumulation=shape.accumulation, ranks=ranks)
     model = build_model(recipe, feed.classes)
-    rows, (teacher, _) = {"micro_batch": shape.micro_rows, "accumulation": shape.accumulation}, load_teacher(feed)
-    engine = Engine(model, recipe, world, **rows, teacher=teacher)
+    teacher, _ = load_teacher(feed)
+    engine = Engine(model, recipe, world, shapes=feed.input_shapes[-1:], teacher=teacher)
     try:
         return model_alone(
             resident_batches(feed, engine),

@@ -38,6 +38,7 @@ import launch.train
 from launch.config.command_line import parse
 from launch.engine.build import build_model
 from launch.engine.engine import Engine, StepResult
+from launch.engine.input_shapes import InputShape
 from launch.machine.simple_launcher import LAUNCHER
 from launch.machine.world import connect
 from launch.run.checkpoint import Fingerprint
@@ -143,7 +144,7 @@ def measure_stall() -> None:
     recipe = parse(sys.argv[1:])
     world = connect()
     model = build_model(recipe, 1000)
-    engine = Engine(model, recipe, world, micro_batch=1, accumulation=1)
+    engine = Engine(model, recipe, world, shapes=[InputShape(1, 32, 1)])
     times = []
     with tempfile.TemporaryDirectory() as folder:
         writer = BackgroundWriter(CheckpointFolder(Path(folder), keep=1), WeightsFiles(Path(folder), fat.WeightsInfo()))

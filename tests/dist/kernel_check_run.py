@@ -32,10 +32,10 @@ def main() -> None:
     with mock.patch.object(kernels, "supported", return_value=True), mock.patch.object(selfcheck, "run") as run:
         run.return_value = failed
         # With one rank per node, every rank runs the self-check; with two ranks on one node, only the first does.
-        apart = check_kernels(model, replace(world, local_rank=0), size=64, dtype=torch.float32)
+        apart = check_kernels(model, replace(world, local_rank=0), sizes=[64], dtype=torch.float32)
         off = sorted(kernels.switched_off())
         passes = [lambda: None]
-        together = check_kernels(model, world, size=64, dtype=torch.float32, gradients=False, passes=passes)
+        together = check_kernels(model, world, sizes=[64], dtype=torch.float32, gradients=False, passes=passes)
     found = {"apart": asdict(apart), "off": off, "together": asdict(together), "comparisons": run.call_count}
     (Path(sys.argv[1]) / f"{world.rank}.json").write_text(json.dumps(found))
     disconnect()

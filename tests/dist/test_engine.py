@@ -136,6 +136,25 @@ def test_accumulated_micro_batches_give_the_same_update_as_the_global_batch(
         assert distance(reference, result, kind) < TOLERANCE, kind
 
 
+@pytest.mark.parametrize(
+    ("zero", "ranks", "shapes"),
+    [(0, 2, ("4x32", "1x64")), (1, 2, ("1x32", "4x64")), (3, 2, ("4x32", "2x64")), *slow((2, 2, ("4x32", "1x64")))],
+)
+def test_micro_batches_that_change_in_number_and_size_give_the_same_updates(
+    run: Run, shapes_reference: dict[str, Any], zero: int, ranks: int, shapes: tuple[str, ...]
+) -> None:
+    result = run("--steps", 6, "--ema", "0.9", "--shapes", *shapes, zero=zero, ranks=ranks)
+    assert result["norms"] == pytest.approx(shapes_reference["norms"], rel=1e-4)
+    for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
+        assert distance(shapes_reference, result, kind) < TOLERANCE, kind
+
+
+@pytest.fixture(scope="module")
+def shapes_reference(run: Run) -> dict[str, Any]:
+    """Training in one process without accumulation, with images of two sizes."""
+    return run("--steps", 6, "--ema", "0.9", "--shapes", "8x32", "8x64")
+
+
 @pytest.mark.parametrize(("zero", "ranks"), slow((0, 2), (1, 2), (2, 1), (3, 2)))
 def test_sgd_gives_the_same_weights_with_every_zero_stage_and_can_resume(
     run: Run, tmp_path: Path, zero: int, ranks: int
@@ -208,6 +227,14 @@ def test_replayed_training_equals_eager_training_on_several_ranks(run: Run, zero
     assert (eager["compile"], replayed["compile"]) == ("off", "cudagraphs: forward and backward of 6 parts")
     assert replayed["replayed"] == 4 * (8 // ranks // micro) * 12  # steps, micro-batches, graphs
     assert eager["state"]["model/stem.convs.0.bn.num_batches_tracked"] == 4 * (8 // ranks // micro)
+    assert_same(replayed, eager)
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(1, 2), *slow((0, 2), (2, 2))])
+def test_replays_of_several_shapes_equal_eager_training_on_several_ranks(run: Run, zero: int, ranks: int) -> None:
+    options = (*REPLAYED, "--shapes", "4x32", "2x64")
+    eager, replayed = run(*options, zero=zero, ranks=ranks), run(*options, "--replay", zero=zero, ranks=ranks)
+    assert replayed["replayed"] == 2 * (1 + 2) * 12
     assert_same(replayed, eager)
 
 

@@ -17,6 +17,7 @@ from launch.config.command_line import parse
 from launch.engine.cuda_graph_capture import CudaRecorder
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.engine import Engine
+from launch.engine.input_shapes import InputShape
 from launch.machine.world import World
 from tests.support.batches import CLASSES, random_batch
 
@@ -39,7 +40,7 @@ def train(*options: str, accumulation: int = 1, create: Callable[[], nn.Module] 
     recipe = parse(["--size", str(SIDE), "--zero", "0", *options])
     torch.manual_seed(0)
     world = World(0, 1, 0, 1, torch.device("cuda", 0))
-    engine = Engine(create(), recipe, world, micro_batch=ROWS, accumulation=accumulation)
+    engine = Engine(create(), recipe, world, shapes=[InputShape(ROWS, SIDE, accumulation)])
     results, evaluations = [], []
     for step in range(STEPS):
         numbers = range(step * accumulation, (step + 1) * accumulation)
@@ -134,7 +135,7 @@ def test_a_model_that_cannot_be_captured_is_trained_eagerly_with_a_warning() -> 
 def test_a_replayed_step_does_not_wait_for_the_device() -> None:
     recipe = parse(["--size", str(SIDE), "--zero", "0"])
     world = World(0, 1, 0, 1, torch.device("cuda", 0))
-    engine = Engine(fat_model(), recipe, world, micro_batch=ROWS, accumulation=2)
+    engine = Engine(fat_model(), recipe, world, shapes=[InputShape(ROWS, SIDE, 2)])
     batches = [random_batch(n, range(ROWS), device="cuda", size=SIDE) for n in range(2)]
     engine.step(batches, step=0, lr=1e-3)
     torch.cuda.synchronize()

@@ -302,7 +302,7 @@ def test_a_wrong_kernel_is_reported_and_its_family_switched_off(
     torch.manual_seed(0)
     model = fat.create_model(NET)
     monkeypatch.setattr(depthwise, "convolve", _transposed(depthwise.convolve))
-    verdict = check_kernels(model, ALONE, size=SIZE, dtype=torch.float32, gradients=False)
+    verdict = check_kernels(model, ALONE, sizes=[SIZE], dtype=torch.float32, gradients=False)
     assert [failure.family for failure in verdict.failed] == [families.CONVOLUTION]
     assert families.NORM in verdict.checked
     printed = capsys.readouterr().err

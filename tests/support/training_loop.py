@@ -48,7 +48,7 @@ def training(
     feed = Feed.of(recipe, world)
     shape = feed.shape
     model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
-    engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+    engine = Engine(model, recipe, world, shapes=feed.input_shapes)
     guards = Guards(engine, WatchdogConfig(compare_every=0))
     rate = lr_schedule(recipe.optim, global_batch=batch, steps_per_epoch=feed.plan.steps_per_epoch)
     numbers = itertools.count()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from launch.engine.cuda_graph_capture import CudaRecorder, Results, Work
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.engine import Engine, seed_generators
 from launch.engine.execution import Execution, graph_obstacle
+from launch.engine.input_shapes import InputShape
 from launch.machine.world import World
 from tests.support.batches import CLASSES, SIZE, random_batch
 from tests.support.recorders import FailsAt, ReplayOnCpu
@@ -52,18 +53,26 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[ReplayOnCpu]:
     return made
 
 
-def engine_of(*options: str, accumulation: int = 1) -> Engine:
+def engine_of(*options: str, accumulation: int = 1, shapes: Sequence[InputShape] = ()) -> Engine:
     recipe = parse(["--size", str(SIZE), *options])
     torch.manual_seed(0)
     model = fat.create_model(CONFIG)
-    return Engine(model, recipe, World(0, 1, 0, 1, CPU), micro_batch=ROWS, accumulation=accumulation)
+    shapes = shapes or [InputShape(ROWS, SIZE, accumulation)]
+    return Engine(model, recipe, World(0, 1, 0, 1, CPU), shapes=shapes)
 
 
-def train(engine: Engine, *, steps: int = 4, accumulation: int = 1) -> dict[str, Any]:
-    """Train on fixed batches; return losses, gradient norms, an evaluation in between, and the final state."""
-    results, evaluations = [], []
+def train(
+    engine: Engine, *, steps: int = 4, accumulation: int = 1, shapes: Sequence[InputShape] = ()
+) -> dict[str, Any]:
+    """Train on fixed batches; return losses, gradient norms, an evaluation in between, and the final state.
+
+    Step n has batches of shape number n of `shapes`, which are repeated.
+    """
+    results, evaluations, shapes = [], [], shapes or [InputShape(ROWS, SIZE, accumulation)]
     for step in range(steps):
-        batches = [random_batch(step * accumulation + micro, range(ROWS)) for micro in range(accumulation)]
+        shape = shapes[step % len(shapes)]
+        numbers = range(step * shape.accumulation, (step + 1) * shape.accumulation)
+        batches = [random_batch(number, range(shape.rows), size=shape.size) for number in numbers]
         results.append(engine.step(batches, step=step, lr=1e-3))
         if step == 1:
             evaluations.append(engine.evaluate([random_batch(100, range(ROWS + 2))]))
@@ -108,6 +117,71 @@ def test_replayed_training_equals_eager_training(
     (recorder,) = recorders
     assert (recorder.recorded, recorder.replayed) == (12, 12 * 4 * accumulation)
     assert engine.resolved["compile"] == "cudagraphs: forward and backward of 6 parts"
+
+
+SHAPES = {
+    "size and rows": [InputShape(6, 32, 1, 0.5), InputShape(4, 64, 1)],
+    "accumulation": [InputShape(4, 32, 1, 0.5), InputShape(2, 64, 2), InputShape(2, 32, 3, 0.75)],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("options", [("--ema", "0.9", "--clip-grad", "0.1"), ("--precision", "bf16")])
+def test_replays_of_several_shapes_equal_eager_training(
+    recorders: list[ReplayOnCpu], shapes: list[InputShape], options: tuple[str, ...]
+) -> None:
+    """The sets of graphs overwrite each other's activations, and share the gradients."""
+    eager = train(engine_of("--compile", "off", *options, shapes=shapes), steps=5, shapes=shapes)
+    engine = engine_of(*options, shapes=[*shapes, *shapes])  # a schedule may return to a shape
+    assert_equal(train(engine, steps=5, shapes=shapes), eager)
+    (recorder,) = recorders
+    passes = sum(shapes[step % len(shapes)].accumulation for step in range(5))
+    assert (recorder.recorded, recorder.replayed) == (12 * len(shapes), 12 * passes)
+    assert engine._graphs.keeps_gradients is (len(shapes) == 2)
+
+
+def test_graphs_of_large_images_are_captured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory contains that of the others."""
+    seen: list[int] = []
+
+    class Sizes(ReplayOnCpu):
+        def record(self, work: Work) -> tuple[Results, Callable[[], None]]:
+            found = super().record(work)
+            seen.append(found[0][0].shape[-1] if len(found[0][0].shape) == 4 else 0)
+            return found
+
+    monkeypatch.setitem(cuda_graph_capture.RECORDERS, "cpu", Sizes)
+    engine_of(shapes=[InputShape(8, 32, 1), InputShape(4, 64, 1), InputShape(8, 64, 1)])
+    assert [seen[0], seen[12], seen[24]] == [16, 16, 8]
+
+
+@pytest.mark.parametrize("number", [13, 24])
+def test_a_capture_that_fails_for_one_shape_disables_the_graphs_of_all(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setitem(cuda_graph_capture.RECORDERS, "cpu", lambda device: FailsAt(device, number))
+    shapes = SHAPES["size and rows"]
+    engine = engine_of(shapes=shapes)
+    assert engine.resolved["compile"].startswith("off (capture failed")
+    eager = train(engine_of("--compile", "off", shapes=shapes), shapes=shapes)
+    assert_equal(train(engine, shapes=shapes), eager)
+
+
+def test_batches_of_other_shapes_are_rejected(recorders: list[ReplayOnCpu]) -> None:
+    engine = engine_of(shapes=SHAPES["size and rows"])
+    with pytest.raises(ValueError, match=r"\(4, 3, 32, 32\), .* for \(4, 3, 64, 64\), \(6, 3, 32, 32\); use --compile"):
+        engine.step([random_batch(0, range(4))], step=0, lr=0.0)
+
+
+def test_a_pass_of_another_shape_invalidates_the_activations() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).train()
+    graphs, images = GraphedModel(model, ReplayOnCpu(CPU)), [torch.randn(2, 3, size, size) for size in (8, 6)]
+    for example in images:
+        graphs.capture(example, None)
+    first = model(images[0]).sum()
+    model(images[1])
+    with pytest.raises(RuntimeError, match="second forward pass has overwritten"):
+        first.backward()
 
 
 def test_captured_graphs_use_a_state_loaded_before_the_first_step(recorders: list[ReplayOnCpu]) -> None:
@@ -221,7 +295,7 @@ def test_every_gradient_has_separate_memory_with_its_parameter_s_strides(recorde
     replayed.capture(images, None)
     model(images).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    parts = replayed._captured
+    (parts,) = replayed._captured.values()
     static = [tensor.data_ptr() for part in parts for tensor in part._parameter_grads if tensor is not None]
     assert sorted(gradient.data_ptr() for gradient in gradients) == sorted(static)  # none was copied
     assert len(set(static)) == len(static)
@@ -450,7 +524,7 @@ def test_gradients_stay_in_static_memory_without_accumulation(
     engine = engine_of(accumulation=accumulation)
     train(engine, steps=1, accumulation=accumulation)
     gradients = [parameter.grad for parameter in engine.model.parameters()]
-    static = [gradient for part in engine._graphs._captured for gradient in part._parameter_grads]
+    static = [gradient for part in engine._graphs._parts for gradient in part.gradients]
     assert all(gradient is None for gradient in gradients) is not stay
     if stay:
         assert {id(gradient) for gradient in gradients} == {id(gradient) for gradient in static}

@@ -11,7 +11,7 @@ from launch.engine.accelerate import deepspeed_config
 
 
 def config_of(zero: int, model: nn.Module, *, fused: bool = True) -> dict[str, Any]:
-    return deepspeed_config(zero, model, fused=fused, bf16=False, micro_batch=4, accumulation=2, clip_grad=5.0)
+    return deepspeed_config(zero, model, fused=fused, bf16=False, clip_grad=5.0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from launch.config.errors import RecipeError
 from launch.config.optim import OptimConfig
 from launch.engine.engine import Engine
 from launch.engine.execution import Execution
+from launch.engine.input_shapes import InputShape
 from launch.machine.world import World
 from launch.optim.fine_tuning import backbone_modules, classifier_of, layers_of, number_layers
 from launch.optim.optimizers import parameter_groups
@@ -32,7 +33,7 @@ CONFIG = replace(TINY, drop_path=0.3)
 def engine_of(*options: str, seed: int = 0) -> Engine:
     torch.manual_seed(seed)
     recipe = parse(["--size", str(SIZE), *options])
-    return Engine(fat.create_model(CONFIG), recipe, World(0, 1, 0, 1, CPU), micro_batch=ROWS, accumulation=1)
+    return Engine(fat.create_model(CONFIG), recipe, World(0, 1, 0, 1, CPU), shapes=[InputShape(ROWS, SIZE, 1)])
 
 
 def train(engine: Engine, steps: int = 2) -> list[float]:

@@ -262,7 +262,7 @@ def pretend_kernels_run_on_cpu(monkeypatch: pytest.MonkeyPatch, *, failed: Any =
 
 
 def check(model: fat.FAT, **options: Any) -> KernelCheckResult:
-    settings: dict[str, Any] = {"size": 64, "dtype": torch.bfloat16, **options}
+    settings: dict[str, Any] = {"sizes": [64], "dtype": torch.bfloat16, **options}
     return check_kernels(model, settings.pop("world", ALONE), **settings)
 
 

@@ -46,7 +46,7 @@ def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
         recipe = parse(["--data", str(digits), "--out", str(out), *small, *options])
         feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
         model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
-        engine = Engine(model, recipe, feed.world, micro_batch=64, accumulation=1)
+        engine = Engine(model, recipe, feed.world, shapes=feed.input_shapes)
         out.mkdir(parents=True, exist_ok=True)
         return RunFolder(recipe, feed, engine, KernelCheckResult())
 
