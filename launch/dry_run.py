@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from launch.optim.fine_tuning import classifier_of
 from launch.optim.optimizers import OPTIMIZERS, parameter_groups
 from launch.optim.schedule import lr_schedule
 from launch.prepare import prepare_run
+from pipeline.phases.train_phase import TrainPhase
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -54,16 +56,19 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     If the metrics in the run folder have a throughput, the table also has the training time.
     """
     recipe, plan, shape, world = feed.recipe, feed.plan, feed.shape, feed.world
+    data, phases = recipe.data, feed.phases
     zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
-    cost = count(model, recipe.data.size)
+    costs = {size: count(model, size) for size in sorted({phase.augment.size for phase in phases})}
+    cost = costs[phases[-1].augment.size]
     state = 4 * cost.parameters
     optim = recipe.optim
     trained = classifier_of(model) if recipe.model.freeze_backbone else model
     gradients = 4 * sum(parameter.numel() for parameter in trained.parameters())
     moments = len(OPTIMIZERS[optim.optimizer].moments) * gradients
     shards = world.size if zero else 1
-    activations = cost.activation_bytes * shape.micro_rows * (0.5 if precision == "bf16" else 1)
+    of_phases = [costs[phase.augment.size].activation_bytes * phase.shape.micro_rows for phase in phases]
+    activations = max(of_phases) * (0.5 if precision == "bf16" else 1)
     average = gradients if optim.ema else 0
     title = f"dry run of {recipe.model.spec}"
     table = Table("name", "value", show_header=False, title=title, title_justify="left")
@@ -82,6 +87,10 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
         f"{plan.global_batch} = {world.size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} images; "
         f"{plan.lanes} lanes",
     )
+    if len(phases) > 1:
+        table.add_row("image sizes", describe_phases(phases, total))
+    if data.evaluation_size != data.size:
+        table.add_row("evaluation", f"images of {data.evaluation_size} pixels")
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
     table.add_row("omitted", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
     if plan.balance is not None:
@@ -93,7 +102,8 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     table.add_row("learning rate", "\n".join(f"step {step:>9,}  {rate(step):.3e}" for step in steps))
     table.add_row("optimizer", describe_optimizer(recipe, model))
     table.add_row("parameters", f"{cost.parameters:,}{f', {gradients // 4:,} trained' if gradients < state else ''}")
-    table.add_row("multiply-accumulates", f"{cost.macs / 1e9:.3f} G per image of {recipe.data.size} pixels")
+    operations = [f"{each.macs / 1e9:.3f} G per image of {size} pixels" for size, each in costs.items()]
+    table.add_row("multiply-accumulates", "\n".join(operations))
     table.add_row(
         "memory per rank, about",
         f"{(state + gradients + (moments + average) / shards + activations) / MIB:,.0f} MiB: weights and gradients "
@@ -101,17 +111,23 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
         f"{average / shards / MIB:,.0f}, activations {activations / MIB:,.0f}",
     )
     table.add_row("checkpoint", f"{(state + moments + average) / MIB:,.0f} MiB")
-    speed = _last_throughput(feed)
-    table.add_row(
-        "time",
-        f"{speed * 3600 / plan.samples:.2f} epochs per hour, {total * plan.global_batch / speed / 3600:,.1f} hours in "
-        f"total, at the last measured throughput of {speed:,.0f} images/s"
-        if speed
-        else Text(f"unknown: no run in {printable(recipe.run.out)} has measured a throughput yet", overflow="fold"),
-    )
+    table.add_row("time", Text(_describe_time(feed, total), overflow="fold"))
     text = io.StringIO()
     Console(width=110, file=text).print(table)
     return text.getvalue().rstrip()
+
+
+def describe_phases(phases: Sequence[TrainPhase], total: int) -> str:
+    """Return a line for each phase: its size, steps, micro-batch and strength of the regularization."""
+    ends = [*(phase.first_step for phase in phases[1:]), total]
+    lines = []
+    for phase, end in zip(phases, ends, strict=True):
+        shape = phase.shape
+        lines.append(
+            f"{phase.augment.size} pixels: steps {phase.first_step + 1:,} to {end:,}, {shape.accumulation} x "
+            f"{shape.micro_rows} images per rank, strength {phase.strength:.2f}"
+        )
+    return "\n".join(lines)
 
 
 def describe_optimizer(recipe: Recipe, model: nn.Module) -> str:
@@ -125,13 +141,26 @@ def describe_optimizer(recipe: Recipe, model: nn.Module) -> str:
     return ", ".join(parts)
 
 
-def _last_throughput(feed: Feed) -> float | None:
-    """Return the last throughput in the run folder's metrics, in images/s."""
+def _describe_time(feed: Feed, total: int) -> str:
+    """Return the training time at the last throughput in the run folder's metrics."""
     from launch.run.metrics_file import read_metrics
 
     try:
-        lines = read_metrics(feed.recipe.run.out)
+        lines = [line for line in read_metrics(feed.recipe.run.out) if line["kind"] == "train"]
     except OSError:
-        return None
-    speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
-    return float(speeds[-1]) if speeds else None
+        lines = []
+    if not lines or not lines[-1]["images_per_second"]:
+        return f"unknown: no run in {printable(feed.recipe.run.out)} has measured a throughput yet"
+    plan, speed = feed.plan, float(lines[-1]["images_per_second"])
+    size = lines[-1].get("size") or feed.recipe.data.size
+    ends = [*(phase.first_step for phase in feed.phases[1:]), total]
+    # In images of the measured size: smaller images take less time in proportion to their pixels.
+    steps = sum(
+        (end - phase.first_step) * (phase.augment.size / size) ** 2
+        for phase, end in zip(feed.phases, ends, strict=True)
+    )
+    hours, of_size = steps * plan.global_batch / speed / 3600, f" of {size} pixels" if len(feed.phases) > 1 else ""
+    return (
+        f"{total / plan.steps_per_epoch / hours:.2f} epochs per hour, {hours:,.1f} hours in total, at the last "
+        f"measured throughput of {speed:,.0f} images/s{of_size}"
+    )

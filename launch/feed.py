@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from launch.machine.world import World
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.batch_shape import BatchShape, check_enough_samples
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
+from pipeline.phases.train_phase import TrainPhase, phase_at, phases_of
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.format.dataset import ShardSet
 
@@ -71,7 +73,31 @@ class Feed:
         recipe.optim.rates(plan.global_batch)  # raises an error for contradictory rates
         for split in dataset.manifest.splits:
             dataset.check_sizes(split)  # the loaders check this too, but only after files were written
-        return cls(recipe, world, dataset, augment, shape, plan)
+        feed = cls(recipe, world, dataset, augment, shape, plan)
+        _ = feed.phases  # raises an error if the size schedule does not fit the epochs, or a micro-batch the rank
+        return feed
+
+    @cached_property
+    def phases(self) -> tuple[TrainPhase, ...]:
+        """Image size, augmentation and micro-batch by step; a single phase without a size schedule."""
+        data, steps = self.recipe.data, self.plan.steps_per_epoch
+        return phases_of(
+            data.sizes,
+            augment=self.augment,
+            shape=self.shape,
+            total_steps=self.recipe.optim.epochs * steps,
+            steps_per_epoch=steps,
+            min_strength=data.min_strength,
+            micro_batches=data.micro_batches,
+        )
+
+    def phase_at(self, step: int) -> TrainPhase:
+        """Return the phase of an optimizer step."""
+        return phase_at(self.phases, step)
+
+    def drop_path_scale(self, step: int) -> float:
+        """Return the factor of the drop path rates in an optimizer step."""
+        return self.phase_at(step).strength
 
     @property
     def input_shapes(self) -> tuple[InputShape, ...]:
@@ -93,7 +119,7 @@ class Feed:
         """Return facts about the selected samples, warnings about inefficient or untested sizes, an unshuffled set, and
         notes of the set's conversion."""
         lines = self._sampling()
-        rows, minimum = self.shape.micro_rows, MIN_ROWS_PER_GPU
+        rows, minimum = min(phase.shape.micro_rows for phase in self.phases), MIN_ROWS_PER_GPU
         if self.world.device.type == "cuda" and rows < minimum:
             lines.append(
                 f"warning: {rows} images per GPU and forward pass are too few to keep a GPU busy; {minimum} or more "
@@ -103,6 +129,11 @@ class Feed:
             lines.append(
                 f"warning: --global-batch {self.plan.global_batch} is much larger than the 1024 for which the default "
                 "learning rates and warm-up were chosen; see docs/optimization.md for large batches"
+            )
+        if self.phases[-1].augment.size != self.recipe.data.size:
+            lines.append(
+                f"warning: --size-schedule {self.recipe.data.size_schedule}: no step has images of --size "
+                f"{self.recipe.data.size}; the last ones have {self.phases[-1].augment.size} pixels"
             )
         optim = self.recipe.optim
         if optim.resolved_schedule == "cosine-from-start" and optim.warmup > 2 * optim.max_warmup:
@@ -168,6 +199,7 @@ class Feed:
             dtype=dtype,
             options=self.loader_options,
             kernels=fat.kernels.mode() != "off",
+            phases=self.phases,
         )
 
     @property
@@ -202,7 +234,7 @@ class Feed:
         return EvalLoader(
             self.dataset,
             EvalPlan(samples, batch=self.eval_rows, world=self.world.size, rank=self.world.rank),
-            size=self.recipe.data.size,
+            size=self.recipe.data.evaluation_size,
             crop_pct=self.recipe.data.crop_pct,
             mean=self.augment.mean,
             std=self.augment.std,

@@ -73,8 +73,10 @@ def prepare_run(
         messages += inherited
     feed = Feed.of(recipe, world)
     check_memory(feed)
-    check_values_per_channel(recipe, feed.shape.micro_rows, world)
-    execution = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
+    for phase in feed.phases:
+        check_values_per_channel(recipe, phase.augment.size, phase.shape.micro_rows, world)
+    accumulation = max(phase.shape.accumulation for phase in feed.phases)
+    execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     check_fine_tuning(model, recipe)
     check_batch_norms(model, recipe.parallel.sync_bn, world)

@@ -26,13 +26,13 @@ def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
     Raises:
         UserError: the teacher does not exist, cannot be read, has other classes, or does not support these images.
     """
-    config, size = feed.recipe.distillation, feed.recipe.data.size
+    config, sizes = feed.recipe.distillation, sorted({phase.augment.size for phase in feed.phases})
     if config.teacher is None:
         return None, []
     path, given = _source(config.teacher, config.teacher_weights)
     try:
         model, info, notes = load_weights_file(path, given, request=f"use --teacher {{}} --teacher-weights {path}")
-        of_teacher = outputs_of(model, size)
+        of_teacher = {outputs_of(model, size) for size in sizes}.pop()
     except (UserError, ValueError, OSError) as error:
         text = str(error)
         raise UserError(f"--teacher: {text if text.startswith(str(path)) else f'{path}: {text}'}") from error
@@ -42,8 +42,9 @@ def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
         outputs = list(range(classes.count))
     mean, std = feed.augment.mean, feed.augment.std
     own_mean, own_std = info.mean or MEAN, info.std or STD  # as in evaluation
-    if info.size is not None and info.size != size:
-        notes += (f"it was trained with images of {info.size} pixels, and gets images of {size}",)
+    if info.size is not None and sizes != [info.size]:
+        received = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        notes += (f"its images had {info.size} pixels, and now have {received}",)
     name = given or info.model or type(model).__name__
     accuracy = "" if info.top1 is None else f", top-1 {info.top1:.2%}"
     teacher = Teacher(

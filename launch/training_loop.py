@@ -72,7 +72,8 @@ class TrainingLoop:
         """Do one optimizer step. Does not wait for the device."""
         step = self.state.step
         self.profiler.begin_step(step)
-        batches = self.metrics.next_batches(self.train_loader, self.feed.shape.accumulation)
+        phase = self.feed.phase_at(step)
+        batches = self.metrics.next_batches(self.train_loader, phase.shape.accumulation)
         if step == 0 and self.engine.world.is_main:
             self.metrics.print(*save_first_batch(self.folder.path, self.feed, batches[0]))
             self.metrics.log_picture("train/images", FIRST_BATCH_NAME, step=1)

@@ -25,7 +25,8 @@ def one_rank(recipe: Recipe, *, ranks: int) -> Iterator[tuple[Feed, KernelCheckR
     """Check a recipe as training on `ranks` ranks of this machine would, and yield the feed of rank 0 for this process.
 
     The feed's world is this process alone, with the CPU cores that one of `ranks` ranks would have. The feed's recipe
-    has the ZeRO stage of training on `ranks` ranks, and enough epochs for any measurement.
+    has the ZeRO stage of training on `ranks` ranks, and enough epochs for any measurement. It has no size schedule: all
+    images have --size.
 
     Yields:
         (feed, verdict of the kernels' self-check).
@@ -34,6 +35,9 @@ def one_rank(recipe: Recipe, *, ranks: int) -> Iterator[tuple[Feed, KernelCheckR
         UserError: the recipe, the data and the number of ranks are inconsistent.
     """
     world = connect(numa_binding=recipe.parallel.numa_binding, local_size=ranks)
+    if recipe.data.size_schedule is not None:
+        print(f"--size-schedule: images of --size {recipe.data.size} are measured", file=sys.stderr)
+        recipe = replace(recipe, data=recipe.data.at_one_size())
     try:
         feed = replace(Feed.of(recipe, replace(world, size=ranks)), world=world)
         check_batches_fit(feed)

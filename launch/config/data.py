@@ -12,6 +12,8 @@ from annotated_types import Interval
 from launch.config.errors import RecipeError
 from pipeline.augment.recipe import Alpha, AugmentRecipe, CropArea, augment_recipe
 from pipeline.loader import CROP_PCT, LoaderOptions
+from pipeline.phases.size_schedule import SizeSchedule, parse_micro_batches
+from pipeline.phases.train_phase import DEFAULT_MIN_STRENGTH
 from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE
 from pipeline.sampling.selection import parse_classes, select
 from pipeline.storage.remote.shard_set import open_set
@@ -60,13 +62,28 @@ class DataConfig:
     proportion to n^(1 - B), so 0.5 is square-root sampling (arXiv 1910.09217). An epoch has as many images as without
     it; images of small classes are repeated, with other augmentations. It cannot change when a run is resumed."""
     size: ModelSide = 224
-    """Height and width of the model's input images in pixels, in training and evaluation."""
+    """Height and width of the model's input images in pixels, in training and evaluation. With --size-schedule, that of
+    the last training images."""
+    size_schedule: Annotated[str | None, default("all images have --size")] = None
+    """Progressive resizing: points POSITION:SIZE, such as 0:128,65:192,85:224. A position is a percentage of the
+    training, or a number of epochs (16e). Between two points the size is interpolated, in multiples of 32; write a size
+    twice to hold it (0:128,50:128,50:224). The last size must be --size. It cannot change when a run is resumed."""
+    min_strength: Fraction = DEFAULT_MIN_STRENGTH
+    """With --size-schedule: factor of RandAugment's magnitude and of --drop-path at the smallest size. It rises
+    linearly with the size to 1 at the largest, as in EfficientNetV2 (arXiv 2104.00298); magnitudes are rounded. It
+    cannot change when a run is resumed."""
+    eval_size: Annotated[ModelSide | None, default("--size")] = None
+    """Height and width of images in evaluations. A model is often more accurate with images that are somewhat larger
+    than those of its training (FixRes, arXiv 1906.06423)."""
     global_batch: Batch = 1024
     """Images per optimizer step, over all ranks. The default learning rates are proportional to it. It cannot change
     when a run is resumed."""
     micro_batch: Annotated[Batch | None, default("all images of the rank in one forward pass")] = None
     """Images per forward pass of a rank. A smaller number needs less memory; gradients are accumulated over the
     micro-batches of a step."""
+    micro_batch_schedule: Annotated[str | None, default("--micro-batch at every size")] = None
+    """Images per forward pass of a rank at some sizes of --size-schedule, such as 128:256,192:128: smaller images leave
+    memory for more of them. The global batch stays the same."""
     eval_batch: Annotated[Batch | None, default("the images of the rank in a global batch, at most 256")] = None
     """Images per rank and evaluation step. Use a smaller number if evaluation runs out of memory."""
     lanes: Annotated[Batch | None, default("the largest divisor of half the global batch, up to 64")] = None
@@ -81,8 +98,8 @@ class DataConfig:
     crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("that of --augment")] = None
     """Smallest and largest area of the random crop, as fractions of the image's area."""
     crop_pct: CropPct = CROP_PCT
-    """Fraction of the short side that evaluation's center crop keeps: the image is resized to size / crop_pct and
-    cropped to size."""
+    """Fraction of the short side that evaluation's center crop keeps: the image is resized to the size of evaluation /
+    crop_pct, and cropped to this size."""
     flip: Annotated[Fraction | None, default("that of --augment")] = None
     """Probability of a horizontal flip."""
     rand_augment: Annotated[str | None, default("that of --augment")] = None
@@ -104,6 +121,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         self.augmentation()  # raises an error if the augmentation options are invalid
+        self._check_sizes()
         # A URL with credentials is rejected here, before any of the recipe is saved or printed.
         location, _ = split_digest(self.data or "", self.set_digest)
         if is_remote(location):
@@ -122,6 +140,52 @@ class DataConfig:
         if self.rand_augment is not None:
             overrides["rand_augment"] = self.rand_augment or None
         return augment_recipe(self.augment, size=self.size, mean=self.mean, std=self.std, **overrides)
+
+    def _check_sizes(self) -> None:
+        """Check that the options of progressive resizing do not contradict each other.
+
+        Raises:
+            UserError: a schedule is invalid, or does not end with `size`.
+        """
+        schedule = self.sizes
+        if schedule is None and self.micro_batch_schedule is not None:
+            raise RecipeError(
+                f"--micro-batch-schedule {self.micro_batch_schedule}: requires --size-schedule; for one size, use "
+                "--micro-batch"
+            )
+        if schedule is not None and schedule.last != self.size:
+            raise RecipeError(
+                f"--size-schedule {self.size_schedule}: ends with images of {schedule.last} pixels, but --size is "
+                f"{self.size}; use --size {schedule.last}, or end the schedule with {self.size}"
+            )
+        _ = self.micro_batches  # raises an error if the schedule of micro-batches is invalid
+
+    @property
+    def sizes(self) -> SizeSchedule | None:
+        """`size_schedule`, parsed."""
+        return None if self.size_schedule is None else SizeSchedule.parse(self.size_schedule)
+
+    @property
+    def micro_batches(self) -> Mapping[int, int]:
+        """`micro_batch_schedule`, parsed: images per forward pass, by size."""
+        if self.sizes is None or self.micro_batch_schedule is None:
+            return {}
+        return parse_micro_batches(self.micro_batch_schedule, self.sizes)
+
+    @property
+    def evaluation_size(self) -> int:
+        """`eval_size`, or its default."""
+        return self.size if self.eval_size is None else self.eval_size
+
+    @property
+    def model_sizes(self) -> tuple[int, ...]:
+        """Sizes of the schedule's points, the size of training and that of evaluation, in ascending order."""
+        points = () if self.sizes is None else self.sizes.points
+        return tuple(sorted({self.size, self.evaluation_size, *(point.size for point in points)}))
+
+    def at_one_size(self) -> DataConfig:
+        """Return these options without the schedules of progressive resizing, for measurements at `size`."""
+        return replace(self, size_schedule=None, micro_batch_schedule=None)
 
     def with_environment(self, environment: Mapping[str, str]) -> DataConfig:
         """Return these options with `data` and `cache` from FAT_DATA and FAT_CACHE where they are None."""

@@ -21,7 +21,8 @@ def build_model(recipe: Recipe, classes: int) -> nn.Module:
     torch.manual_seed(seed64(Stream.INIT, recipe.run.seed))
     model = create_model(options.spec, num_classes=classes, drop_path=options.drop_path)
     if not options.spec.is_fat:
-        check_model(model, options.spec, size=recipe.data.size, num_classes=classes)
+        for size in recipe.data.model_sizes:
+            check_model(model, options.spec, size=size, num_classes=classes)
     return model
 
 

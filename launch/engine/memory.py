@@ -25,18 +25,19 @@ def check_batches_fit(feed: Feed) -> None:
         UserError: they do not fit; the message names these options, the memory that they need and that of the machine.
     """
     data, settings, world = feed.recipe.data, feed.loader_options.settings, feed.world
-    rows, pixels = feed.shape.micro_rows, data.size**2
+    largest = max(feed.phases, key=lambda phase: phase.shape.micro_rows * phase.augment.size**2)
+    rows, pixels, eval_pixels = largest.shape.micro_rows, largest.augment.size**2, data.evaluation_size**2
     _, precision = zero_and_precision(feed.recipe.parallel, world.device, ranks=world.size)
     itemsize = 2 if precision == "bf16" else 4
     # Memory holds all micro-batches of the current step, the batches that are ready, and those being decoded (as
     # uint8). Evaluation has separate batches.
     ahead = settings.ready * itemsize + settings.decode_ahead
-    numbers = feed.shape.rank_rows * itemsize + rows * ahead + feed.eval_rows * (itemsize + ahead)
-    batches = numbers * pixels * CHANNELS
+    training = (feed.shape.rank_rows * itemsize + rows * ahead) * pixels
+    batches = (training + feed.eval_rows * (itemsize + ahead) * eval_pixels) * CHANNELS
     encoded = int(feed.dataset.index("train")["size"].mean()) * rows * settings.read_ahead
     activations = rows * pixels * ACTIVATION_BYTES_PER_PIXEL * itemsize // 4 if feed.recipe.model.spec.is_fat else 0
     what = (
-        f"--global-batch {data.global_batch}, --size {data.size}: {feed.shape.rank_rows:,} images per rank, "
+        f"--global-batch {data.global_batch}, --size {largest.augment.size}: {feed.shape.rank_rows:,} images per rank, "
         f"{rows:,} per forward pass, {feed.eval_rows:,} per evaluation step, --read-ahead {settings.read_ahead}, "
         f"--decode-ahead {settings.decode_ahead}, --ready {settings.ready}"
     )

@@ -74,20 +74,21 @@ def check_batch_norms(model: nn.Module, sync_bn: str, world: World) -> None:
             )
 
 
-def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
+def check_values_per_channel(recipe: Recipe, size: int, rows: int, world: World) -> None:
     """Raise RecipeError if a BatchNorm layer would have only one value per channel.
 
     Args:
+        size: height and width of the images in pixels.
         rows: images per forward pass of a rank.
 
     Raises:
         RecipeError: a forward pass has one image, whose pooled feature maps have one pixel.
     """
     smallest = MIN_SIZE_OF_ONE_IMAGE
-    alone = rows == 1 and recipe.data.size < smallest and not recipe.model.frozen_norms
+    alone = rows == 1 and size < smallest and not recipe.model.frozen_norms
     if alone and not syncs_over_ranks(recipe.parallel.sync_bn, world.size, world.device):
         raise RecipeError(
-            f"--size {recipe.data.size}: one image per forward pass gives BatchNorm one value per channel, which has "
+            f"--size {size}: one image per forward pass gives BatchNorm one value per channel, which has "
             f"no variance; use at least two images (--global-batch, --micro-batch), or --size {smallest} or more"
         )
 

@@ -93,7 +93,8 @@ class Metrics:
         self._verbose = recipe.log.verbose
         # A shared CPU's peak arithmetic throughput is not known well enough for a meaningful utilization.
         measures_utilization = main and (self._world.device.type == "cuda" or self._verbose)
-        self._roofline = Roofline.of(feed, engine) if measures_utilization else None
+        sizes = [phase.augment.size for phase in feed.phases] if measures_utilization else []
+        self._rooflines = Roofline.by_size(feed, engine, sizes) if sizes else {}
         self._hosts = self._world.gather(self._world.host)
         self._write(
             "start",
@@ -126,6 +127,7 @@ class Metrics:
             epochs=recipe.optim.epochs,
             steps_per_epoch=self._plan.steps_per_epoch,
             seconds=progress.seconds,
+            sizes=[(phase.first_step, phase.augment.size) for phase in feed.phases],
             best_accuracy=_best(progress),
         )
         self.restart_interval()
@@ -215,7 +217,7 @@ class Metrics:
             "seconds": round(seconds, 4),
             "first_step_seconds": self._first_step_seconds,
             "images_per_second": round(rate, 1),
-            **self._utilization(rate / self._world.size),
+            **self._utilization(rate / self._world.size, len(self._results)),
             "data_wait": min(1.0, round(self._wait.seconds() / seconds, 4)),
             "slowest": self._longest_wait(waits_of_ranks, seconds),
             # Reserved, not allocated memory: the pool of CUDA graphs does not count as allocated between captures.
@@ -225,7 +227,8 @@ class Metrics:
         }
         self._first_step_seconds = None
         epoch = self._plan.at(self.step - 1).epoch + 1
-        self._write("train", step=self.step, epoch=epoch, lr=self._rate, **values)
+        size = self._feed.phase_at(self.step - 1).augment.size
+        self._write("train", step=self.step, epoch=epoch, lr=self._rate, size=size, **values)
         self.view.update({"lr": self._rate, **values}, self._plan.global_batch)
         self.view.checkpoint_at = self.saved_at()
         self._display.show_interval()
@@ -238,11 +241,14 @@ class Metrics:
         rank = max(range(len(seconds)), key=seconds.__getitem__)
         return f"rank {rank} on {self._hosts[rank]} ({seconds[rank] / interval:.1%})"
 
-    def _utilization(self, rate: float) -> dict[str, float]:
-        """Return the utilization of a device at `rate` images per second, on rank 0."""
-        if self._roofline is None:
+    def _utilization(self, rate: float, steps: int) -> dict[str, float]:
+        """Return the utilization of a device at `rate` images per second in the last `steps` steps, on rank 0."""
+        if not self._rooflines:
             return {}
-        return {"mfu": round(self._roofline.mfu(rate), 4), "bandwidth": round(self._roofline.bandwidth(rate), 4)}
+        sizes = [self._feed.phase_at(step).augment.size for step in range(self.step - steps, self.step)]
+        mfu = sum(self._rooflines[size].mfu(rate) for size in sizes) / steps
+        bandwidth = sum(self._rooflines[size].bandwidth(rate) for size in sizes) / steps
+        return {"mfu": round(mfu, 4), "bandwidth": round(bandwidth, 4)}
 
     def log_start(self, *messages: str, resolved: dict[str, str]) -> None:
         """Log messages of the start, and the values of options that were not set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -27,13 +28,20 @@ class Roofline:
 
     @classmethod
     def of(cls, feed: Feed, engine: Engine) -> Roofline:
-        """Count the operations of the recipe's model and measure this rank's device, in about a second."""
-        spec, size = feed.recipe.model.spec, feed.recipe.data.size
+        """Count the operations of the recipe's model at `size`, and measure this rank's device, in about a second."""
+        size = feed.recipe.data.size
+        return cls.by_size(feed, engine, [size])[size]
+
+    @classmethod
+    def by_size(cls, feed: Feed, engine: Engine, sizes: Iterable[int]) -> dict[int, Roofline]:
+        """Count the operations of the recipe's model at several image sizes, and measure this rank's device once."""
+        spec = feed.recipe.model.spec
         # A new model, because that of the engine may be sharded, captured or compiled.
         with torch.random.fork_rng(devices=[]), torch.device("meta") if spec.is_fat else nullcontext():
-            cost = count(create_model(spec, num_classes=feed.classes), size)
-        passed = cost.fused_bytes(engine.input_dtype.itemsize)
-        return cls(cost.training_flops, passed, device_peaks(engine.world.device, engine.precision))
+            model = create_model(spec, num_classes=feed.classes)
+            costs = {size: count(model, size) for size in sizes}
+        itemsize, peaks = engine.input_dtype.itemsize, device_peaks(engine.world.device, engine.precision)
+        return {size: cls(cost.training_flops, cost.fused_bytes(itemsize), peaks) for size, cost in costs.items()}
 
     @property
     def rate(self) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,10 @@ class View:
     started: float = field(default_factory=time.monotonic)
     """Start of this start's training by `time.monotonic`."""
     step_seconds: float | None = None
-    """Recent duration of a step, with its share of evaluations and checkpoints; None: not measured yet."""
+    """Recent duration of a step, with its share of evaluations and checkpoints, divided by `_cost` of the step; None:
+    not measured yet."""
+    sizes: Sequence[tuple[int, int]] = ((0, 0),)
+    """Image sizes in pixels, each with its first step, in ascending order of the steps from 0."""
     loss: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
@@ -68,7 +72,7 @@ class View:
         self._seconds += seconds
         self.average_images_per_second = self._images / self._seconds if self._images else None
         if steps:
-            recent, old = seconds / steps + self.evaluation_seconds, self.step_seconds
+            recent, old = (seconds / steps + self.evaluation_seconds) / self._cost(self.step - 1), self.step_seconds
             self.step_seconds = recent if old is None else SMOOTHING * old + (1 - SMOOTHING) * recent
         for name in ("loss", "grad_norm", "images_per_second", "data_wait", "memory_bytes", "skipped", "replaced"):
             setattr(self, name, line[name])
@@ -89,8 +93,22 @@ class View:
         """Estimated seconds until the run ends; None: unknown."""
         seconds, done = self.step_seconds, self.step - self.first_step
         if seconds is None and done > 1:  # a first estimate, which includes compilation
-            seconds = (time.monotonic() - self.started) / done
-        return None if seconds is None else seconds * (self.total_steps - self.step)
+            seconds = (time.monotonic() - self.started) / done / self._cost(self.step - 1)
+        if seconds is None:
+            return None
+        ends = [*(first for first, _ in self.sizes[1:]), self.total_steps]
+        firsts = [max(first, self.step) for first, _ in self.sizes]
+        return seconds * sum(
+            max(min(end, self.total_steps) - first, 0) * self._cost(first)
+            for first, end in zip(firsts, ends, strict=True)
+        )
+
+    def _size(self, step: int) -> int:
+        return self.sizes[bisect_right(self.sizes, step, key=lambda each: each[0]) - 1][1]
+
+    def _cost(self, step: int) -> float:
+        """Return the duration of a step relative to others: the pixels of an image, if the size changes."""
+        return 1.0 if len(self.sizes) == 1 else float(self._size(step) ** 2)
 
     def rows(self) -> list[list[str]]:
         """Return the items of the view by subject; an item is never divided between two lines."""
@@ -114,6 +132,8 @@ class View:
         if self.images_per_second is None or self.data_wait is None:
             return []
         items = [f"{self.images_per_second:,.0f} images/s"]
+        if len(self.sizes) > 1:
+            items.insert(0, f"{self._size(max(self.step - 1, 0))} pixels")
         if self.average_images_per_second is not None:
             items.append(f"average {self.average_images_per_second:,.0f}")
         items.append(f"waiting for data {self.data_wait:.1%}")

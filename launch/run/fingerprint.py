@@ -37,6 +37,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             "fraction": recipe.data.fraction,
             "class_balance": recipe.data.class_balance,
             "augmentation": repr(feed.augment),
+            "size_schedule": None if recipe.data.sizes is None else str(recipe.data.sizes),
+            "min_strength": None if recipe.data.sizes is None else recipe.data.min_strength,
             "teacher": teacher,
         },
         free={
@@ -52,6 +54,7 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
                 for name in ("distillation", "distillation_alpha", "distillation_temperature")
             },
             "crop_pct": recipe.data.crop_pct,
+            "eval_size": recipe.data.evaluation_size,
             "warmup_epochs": optim.warmup,
             "schedule": optim.resolved_schedule,
             "decay_fraction": optim.decay_fraction,

@@ -80,6 +80,8 @@ class Train(Line):
     """Epoch of the last step."""
     lr: Finite
     """Learning rate of the last step."""
+    size: Count | None = None
+    """Height and width of the images of the last step, in pixels."""
     loss: Finite | None = None
     """Mean training loss over all ranks; None: the loss of every step of the interval was not finite."""
     grad_norm: Finite | None = None
@@ -97,7 +99,7 @@ class Train(Line):
     slowest: str | None = None
     """Rank and host that waited longest for data, if there are several ranks."""
     mfu: Finite | None = None
-    """Model FLOPs utilization: fraction of the device's peak FLOP/s."""
+    """Model FLOPs utilization: fraction of the device's peak FLOP/s, for the image sizes of the interval's steps."""
     bandwidth: Finite | None = None
     """Fraction of the device's memory bandwidth that the model's minimum traffic corresponds to."""
     memory_bytes: Count = 0

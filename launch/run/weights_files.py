@@ -94,7 +94,7 @@ def describe_weights(recipe: Recipe, feed: Feed) -> fat.WeightsInfo:
         config=config_of(recipe, feed.classes),
         classes=feed.class_list,
         model=str(recipe.model.spec),
-        size=recipe.data.size,
+        size=recipe.data.evaluation_size,
         crop_pct=recipe.data.crop_pct,
         interpolation="bicubic",
         mean=feed.augment.mean,

@@ -12,6 +12,7 @@ from annotated_types import Interval
 
 from launch.config.recipe import Recipe
 from pipeline.batch_shape import BatchShape, PlanError, divisors
+from pipeline.phases.train_phase import with_micro_batch
 from shards.errors import UserError
 from shards.option_help import default
 from shards.ranges import check_ranges
@@ -126,7 +127,9 @@ def _obstacle(recipe: Recipe, world: int) -> PlanError | None:
     data = recipe.data
     pairs = data.augmentation().mixes
     try:
-        BatchShape(global_batch=data.global_batch, world=world, micro_batch=data.micro_batch, pairs=pairs)
+        shape = BatchShape(global_batch=data.global_batch, world=world, micro_batch=data.micro_batch, pairs=pairs)
+        for size, rows in data.micro_batches.items():
+            with_micro_batch(shape, size, rows)
     except PlanError as error:
         return error
     return None

@@ -56,7 +56,7 @@ class SizeSchedule:
         Raises:
             UserError: a point is invalid, or the points are not in ascending order; the message names it.
         """
-        points = []
+        points: list[SizePoint] = []
         for part in text.split(","):
             match = _POINT.fullmatch(part.strip())
             if match is None:

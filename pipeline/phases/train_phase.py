@@ -72,7 +72,7 @@ def phases_of(
             TrainPhase(
                 first_step=first_step,
                 augment=_weakened(replace(augment, size=size), strength),
-                shape=_with_micro_batch(shape, size, (micro_batches or {}).get(size)),
+                shape=with_micro_batch(shape, size, (micro_batches or {}).get(size, shape.micro_batch)),
                 strength=strength,
             )
         )
@@ -106,9 +106,12 @@ def _weakened(augment: AugmentRecipe, strength: float) -> AugmentRecipe:
     return replace(augment, rand_augment=with_magnitude(augment.rand_augment, magnitude))
 
 
-def _with_micro_batch(shape: BatchShape, size: int, micro_batch: int | None) -> BatchShape:
-    if micro_batch is None:
-        return shape
+def with_micro_batch(shape: BatchShape, size: int, micro_batch: int | None) -> BatchShape:
+    """Return a shape with the micro-batch size of images of `size` pixels.
+
+    Raises:
+        PlanError: it does not divide the rows of a rank; the message names the image size.
+    """
     try:
         return replace(shape, micro_batch=micro_batch)
     except PlanError as error:
