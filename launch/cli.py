@@ -22,6 +22,7 @@ from tyro.conf import subcommand
 from launch.bench.options import Bench
 from launch.deploy.export_command import Export
 from launch.deploy.predict import Predict
+from launch.recipes.command import Recipes
 from launch.report.command import Report
 from launch.tuning.options import Tune
 from pipeline.look import Look
@@ -100,6 +101,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "info": Info,
     "look": Look,
     "train": Train,
+    "recipes": Recipes,
     "bench": Bench,
     "tune": Tune,
     "goodput": Goodput,

@@ -16,7 +16,7 @@ say "3/5 verifying every byte, and drawing a batch of augmented images"
 "$BIN/pipeline" look "$DEMO/digits-shards" --size 64 --flip 0 --crop-scale 0.5 1 --out "$DEMO/batch.png"
 say "4/5 training FAT-B0 at 64x64"
 HF_HOME="$DEMO/no-launcher-defaults" "$BIN/accelerate" launch launch/train.py \
-  --recipe launch/config/recipes/digits.toml --data "$DEMO/digits-shards" --out "$DEMO/run"
+  --recipe launch/recipes/digits.toml --data "$DEMO/digits-shards" --out "$DEMO/run"
 say "5/5 results"
 "$BIN/python" - "$DEMO" <<'PY'
 import pathlib, sys

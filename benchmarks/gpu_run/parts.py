@@ -156,7 +156,7 @@ def contact() -> Iterator[Part]:
         "digits-zero1",
         train(
             "--recipe",
-            "launch/config/recipes/digits.toml",
+            "launch/recipes/digits.toml",
             "--data",
             "{data}/digits-shards",
             "--out",

@@ -22,7 +22,7 @@ from shards.errors import UserError
 from shards.files.regular import NotRegular, read_bounded
 from shards.schema import first_error
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 MAX_BYTES = 1 << 20  # maximum size of a recipe file
 _SCHEMA = TypeAdapter(Recipe)
 
@@ -30,8 +30,9 @@ RecipeFiles = Annotated[
     tyro.conf.UseAppendAction[tuple[Path, ...]],
     tyro.conf.arg(
         help="TOML file of options, in sections named like the groups below: [model], [data], [optim] and so on; or "
-        "the name of a recipe of this project (digits, large_batch); or the recipe.json of a run, whose options except "
-        "--out are used. Later files override earlier ones. Options on the command line override all files.",
+        "the name of a recipe of this project ('pipeline recipes' lists them); or the recipe.json of a run, whose "
+        "options except --out are used. Later files override earlier ones. Options on the command line override all "
+        "files.",
         help_behavior_hint="(repeatable)",
     ),
 ]
@@ -122,13 +123,16 @@ def find_recipe(path: Path) -> Path:
         raise RecipeError(f"{path}: is a folder; specify a file in it, such as a run's recipe.json")
     if path.exists():
         return path
-    shipped = {file.stem: file for file in RECIPES.glob("*.toml")}
+    shipped = shipped_recipes()
     if str(path) in shipped:
         return shipped[str(path)]
     near = suggestion(str(path), shipped) if len(path.parts) == 1 else ""
-    raise RecipeError(
-        f"{path}: no such recipe file{near} (expected a file, or one of the names {', '.join(sorted(shipped))})"
-    )
+    raise RecipeError(f"{path}: no such recipe file{near} (expected a file, or one of the names {', '.join(shipped)})")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the files of the recipes of this project by name, sorted."""
+    return {file.stem: file for file in sorted(RECIPES.glob("*.toml"))}
 
 
 def apply_file(recipe: Recipe, path: Path) -> Recipe:

@@ -12,7 +12,7 @@ import pytest
 from tests.dist.trainings import Trainer
 from tests.support.launching import lines
 
-FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1", "--stop-after", "5")
+FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1", "--stop-after", "5")
 PROFILE = ("--profile", "3", "--profile-from", "2")
 
 

@@ -16,8 +16,8 @@ from tests.support.launching import accelerate, lines
 from tests.support.runs import status
 
 # A short training that reaches about 98 %: the recipe of the demo with half the image size and a fifth of the epochs.
-SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "4", "--warmup-epochs", "1")
-FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1")
+SHORT = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--epochs", "4", "--warmup-epochs", "1")
+FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1")
 
 
 def accuracy(run: Path) -> float:

@@ -15,7 +15,7 @@ from tests.support.launching import python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "64", "--log-every", "1", "--stop-after", "8")
+OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "64", "--log-every", "1", "--stop-after", "8")
 
 
 @pytest.mark.parametrize("compile_mode", ["cudagraphs", "off"])

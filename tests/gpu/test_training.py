@@ -13,7 +13,7 @@ from tests.support.launching import accelerate, lines, python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "64", "--log-every", "1")
+FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "64", "--log-every", "1")
 
 
 def engine_of(run: Path) -> dict[str, object]:

@@ -27,7 +27,7 @@ from launch.machine.world import World
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
 from tests.support.launching import ROOT
 
-OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1")
+OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1")
 RECORDED = ROOT / "tests" / "slurm" / "recorded_train.py"
 
 

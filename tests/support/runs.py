@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.launching import LAUNCHER, ROOT, TRAIN, environment, free_port, lines
 
-OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
+OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
 STARTED: list[subprocess.Popen[str]] = []
 """Started processes, which the fixture `_no_run_outlives_its_test` of tests/dist ends."""
 

@@ -242,7 +242,7 @@ def test_unwritable_json_is_rejected_before_the_work(
 
 
 def test_shipped_recipes_are_found_by_name() -> None:
-    assert parse(["--recipe", "digits"]) == parse(["--recipe", str(ROOT / "launch/config/recipes/digits.toml")])
+    assert parse(["--recipe", "digits"]) == parse(["--recipe", str(ROOT / "launch/recipes/digits.toml")])
     with pytest.raises(UserError, match=r"digit: no such recipe file; did you mean digits\?"):
         parse(["--recipe", "digit"])
 
