@@ -92,6 +92,8 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     if data.evaluation_size != data.size:
         table.add_row("evaluation", f"images of {data.evaluation_size} pixels")
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
+    if recipe.run.target_top1 is not None:
+        table.add_row("ends", f"after the first evaluation with top-1 of at least {recipe.run.target_top1:.2%}")
     table.add_row("omitted", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
     if plan.balance is not None:
         low, high = plan.balance.draws_per_sample

@@ -15,6 +15,7 @@ from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine.input_shapes import InputShape
 from launch.machine.world import World
+from launch.run.progress import Progress
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.batch_shape import BatchShape, check_enough_samples
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
@@ -71,6 +72,11 @@ class Feed:
                 f"--classes {recipe.model.classes}: the data set has {classes} classes; use at least {classes}"
             )
         recipe.optim.rates(plan.global_batch)  # raises an error for contradictory rates
+        if recipe.run.target_top1 is not None and "val" not in dataset.manifest.splits:
+            raise RecipeError(
+                f"--target-top1: {dataset.path} has no validation split, so no accuracy is measured; omit the option, "
+                "or create a validation split with 'pipeline shard --val-fraction 0.1'"
+            )
         for split in dataset.manifest.splits:
             dataset.check_sizes(split)  # the loaders check this too, but only after files were written
         feed = cls(recipe, world, dataset, augment, shape, plan)
@@ -181,10 +187,14 @@ class Feed:
 
     @property
     def last_step(self) -> int:
-        """Optimizer step at which the run ends, counted from the start of training."""
+        """Optimizer step at which the run ends at the latest, counted from the start of training."""
         total = self.recipe.optim.epochs * self.plan.steps_per_epoch
         stop = self.recipe.run.stop_after
         return total if stop is None else min(total, stop)
+
+    def finished(self, progress: Progress) -> bool:
+        """Return whether a run with this progress does no further steps: all are done, or the target is reached."""
+        return progress.step >= self.last_step or progress.reached(self.recipe.run.target_top1)
 
     def train_loader(self, *, step: int, dtype: torch.dtype) -> TrainLoader:
         """Return a loader of this rank's micro-batches from optimizer step `step` to the end of training."""

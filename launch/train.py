@@ -99,9 +99,9 @@ def train(
     restore = time.perf_counter()
     state, resume_messages = folder.resume()
     restore = time.perf_counter() - restore
-    if previous is not None and previous.status == "finished" and state.step == feed.last_step:
+    if previous is not None and previous.status == "finished" and feed.finished(state):
         with folder:
-            DISPLAY.print(already_finished(state, folder.path))
+            DISPLAY.print(already_finished(state, folder.path, target=recipe.run.target_top1))
         if trackers is not None:
             trackers.finish()
         return
@@ -132,13 +132,13 @@ def train(
             metrics.print(plot(folder.path))
 
 
-def already_finished(progress: Progress, run: Path) -> str:
-    """Return the message of a start whose run needs no further steps."""
+def already_finished(progress: Progress, run: Path, *, target: float | None) -> str:
+    """Return the message of a start whose run needs no further steps, or has reached the top-1 accuracy `target`."""
     best = f", best top-1 {progress.best:.2%}" if progress.best_of else ""
-    return (
-        f"already finished: {progress.step:,} steps{best}; the weights are in {run}; to train longer, start a run with "
-        "more --epochs and another --out"
-    )
+    advice = "start a run with more --epochs and another --out"
+    if progress.reached(target):
+        advice = f"use a higher --target-top1 than {target:g}, or omit it"
+    return f"already finished: {progress.step:,} steps{best}; the weights are in {run}; to train longer, {advice}"
 
 
 def queued_at() -> float | None:

@@ -26,7 +26,7 @@ from pipeline.loader import EvalLoader, TrainLoader
 
 @dataclass
 class TrainingLoop:
-    """The training loop: steps, evaluations and checkpoints until the last step."""
+    """The training loop: steps, evaluations and checkpoints until the last step or the target accuracy."""
 
     feed: Feed
     engine: Engine
@@ -45,7 +45,7 @@ class TrainingLoop:
         self.lr = lr_schedule(self.recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
 
     def run(self) -> None:
-        """Train until the last step. Collective.
+        """Train until the last step, or until an evaluation reaches the target accuracy. Collective.
 
         Raises:
             Preempted: the run was asked to stop, and has been saved.
@@ -54,8 +54,9 @@ class TrainingLoop:
         try:
             if self.state.pending_evaluation and self.val_loader is not None:
                 self.evaluate()
+                self._mark_end()
                 self._save_between_steps()
-            while self.state.step < self.feed.last_step:
+            while not self.feed.finished(self.state):
                 if self.preemption.save_requested():
                     self.log()
                     self._save_between_steps()
@@ -92,11 +93,19 @@ class TrainingLoop:
         saves = last or ends_epoch or due(state.step, self.recipe.checkpoint.save_every)
         if saves or due(state.step, self.recipe.log.log_every):
             self.log()
+        if state.epoch_step == 0:
+            self.metrics.log_epoch_stop(state.step)
         if (last or ends_epoch) and self.val_loader is not None:
             self.state = replace(state, pending_evaluation=True)
             self.evaluate()
+        self._mark_end()
         if saves:
             self._save_between_steps()
+
+    def _mark_end(self) -> None:
+        """Stop the clock if training is finished."""
+        if self.feed.finished(self.state):
+            self.metrics.log_run_stop(self.state)
 
     def log(self) -> None:
         """Check and log the steps since the last call. Waits for the device."""
@@ -132,19 +141,24 @@ class TrainingLoop:
             samples[kind] = SampleResults()
             found = self.engine.evaluate(batches, average=kind == "average", samples=samples[kind])
             results[kind] = found | {"seconds": time.perf_counter() - started}
-        best = best_weights({kind: result["top1"] for kind, result in results.items()})
+        top1 = {kind: result["top1"] for kind, result in results.items()}
+        best = best_weights(top1)
         started = time.perf_counter()
-        messages = self._save_evaluation(samples[best], best)
+        last = self.feed.finished(self.state.evaluated(top1))
+        messages = self._save_evaluation(samples[best], best, last=last)
         results[best]["seconds"] += time.perf_counter() - started
         self.state = self.state.evaluated(self.metrics.log_evaluation(self.state.step, results))
         self.metrics.log_picture("eval/hardest", HARDEST_NAME, step=self.state.step)
         self.metrics.show_best(self.state)
         self.metrics.print(*messages)
 
-    def _save_evaluation(self, samples: SampleResults, kind: WeightsKind) -> list[str]:
-        """Write the record of an evaluation to the run folder; return messages. Collective."""
+    def _save_evaluation(self, samples: SampleResults, kind: WeightsKind, *, last: bool) -> list[str]:
+        """Write the record of an evaluation to the run folder; return messages. Collective.
+
+        Args:
+            last: whether training ends after this evaluation.
+        """
         info = EvaluationInfo(step=self.state.step, weights=kind, outputs=samples.outputs)
-        last = self.state.step == self.feed.last_step
         return save_evaluation(self.folder.path, self.feed, samples, info, last=last)
 
 

@@ -38,6 +38,11 @@ class RunConfig:
     stop_after: Annotated[Steps | None, default("train all epochs")] = None
     """End the run after this many optimizer steps, counted from the start of training. The learning-rate schedule still
     spans all epochs."""
+    target_top1: Annotated[
+        Annotated[float, Interval(gt=0, le=1)] | None, default("train to the last step")
+    ] = None
+    """Finish the run after the first evaluation whose top-1 accuracy, of the weights or of their EMA, is at least this
+    fraction, such as 0.76. The learning-rate schedule still spans all epochs."""
     eval_every: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
     """Epochs between evaluations. The last step is always evaluated. A checkpoint is written after each evaluation."""
     dry_run: bool = False

@@ -111,6 +111,9 @@ class Metrics:
             **(start or StartInfo()).fields(),
         )
         self._clock = time.perf_counter()
+        self._write(
+            "run_start", step=progress.step, clock=round(progress.seconds, 3), target_top1=recipe.run.target_top1
+        )
         self._first_step_seconds: float | None = None
         self._stepped = False
         self._rate, self._wait = 0.0, DataWait(self._world.device)
@@ -267,10 +270,10 @@ class Metrics:
 
     def log_evaluation(self, step: int, results: Mapping[WeightsKind, dict[str, float]]) -> dict[WeightsKind, float]:
         """Write a line about each evaluation, with its duration in `seconds`; return the top-1 accuracies."""
-        epoch = self._plan.at(step - 1).epoch + 1
+        epoch, clock = self._plan.at(step - 1).epoch + 1, round(self.seconds, 3)
         for weights, result in results.items():
-            seconds = round(result.get("seconds", 0.0), 3)
-            self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result | {"seconds": seconds})
+            times = {"seconds": round(result.get("seconds", 0.0), 3), "clock": clock}
+            self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result | times)
             name = f", {WEIGHTS_NAMES[weights]}" if len(results) > 1 else ""
             top5 = f", top-5 {result['top5']:.2%}" if self._feed.classes > MAX_TOP5 else ""
             self.print(
@@ -306,6 +309,26 @@ class Metrics:
         started = time.perf_counter()
         yield
         self._write("checkpoint", step=step, seconds=round(time.perf_counter() - started, 4))
+
+    def log_epoch_stop(self, step: int) -> None:
+        """Write a line about the end of an epoch, whose last step has been started."""
+        self._write("epoch_stop", step=step, epoch=self._plan.at(step - 1).epoch + 1, clock=round(self.seconds, 3))
+
+    def log_run_stop(self, progress: Progress) -> None:
+        """Write a line about the end of the training, before its last checkpoint is saved."""
+        clock, target = self.seconds, self._recipe.run.target_top1
+        reached = target is None or progress.reached(target)
+        self._write(
+            "run_stop", step=progress.step, clock=round(clock, 3), status="success" if reached else "aborted"
+        )
+        if target is not None:
+            goal = f"--target-top1 {target:g}"
+            after = f"after {clock:.1f} s of training"
+            self.print(
+                f"reached {goal}: top-1 {progress.best:.2%} {after}"
+                if reached
+                else f"warning: {goal} was not reached: best top-1 {progress.best:.2%} {after}"
+            )
 
     def log_stop(self, step: int, reason: str) -> None:
         """Write a line about the end of this start, whose run is resumed later."""

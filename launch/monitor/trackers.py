@@ -21,8 +21,9 @@ LOGGED: dict[str, tuple[str, ...]] = {
         "loss", "lr", "grad_norm", "epoch", "images_per_second", "size", "data_wait", "mfu", "bandwidth",
         "memory_bytes", "skipped", "replaced",
     ),
-    "eval": ("top1", "top5", "loss"),
-    "eval-ema": ("top1", "top5", "loss"),
+    "eval": ("top1", "top5", "loss", "clock"),
+    "eval-ema": ("top1", "top5", "loss", "clock"),
+    "run_stop": ("clock",),
 }  # fmt: skip
 """For each kind of metrics line (launch/run/metrics_schema.py), the values that are logged as KIND/NAME."""
 

@@ -14,6 +14,7 @@ from launch.monitor.metrics import WEIGHTS_NAMES
 from launch.monitor.panels import Lines
 from launch.report.loaded_run import LoadedRun
 from launch.run.metrics_schema import EVALUATIONS
+from launch.run.time_to_accuracy import time_to_accuracy
 from shards.progress import duration
 
 IMAGENET_CLASSES = 1000  # of ImageNet-1K, on which the paper's accuracies were measured
@@ -117,6 +118,8 @@ def _facts(run: LoadedRun, lines: Lines, start: dict[str, Any]) -> dict[str, str
             "Global batch": f"{start['global_batch']:,} images",
             "Steps per epoch": f"{start['steps_per_epoch']:,}",
         }
+    if (race := time_to_accuracy(lines)) is not None:
+        found["Time to accuracy"] = race.describe()
     if run.saved and run.saved.recipe.data.data:
         found["Data set"] = str(run.saved.recipe.data.data)
     if run.classes:

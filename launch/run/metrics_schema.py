@@ -46,7 +46,7 @@ class Start(Line):
     host: str
     """Host of rank 0."""
     total_steps: Count
-    """Step at which the run ends."""
+    """Step at which the run ends, unless it reaches --target-top1 before."""
     steps_per_epoch: Count
     """Number of optimizer steps per epoch."""
     epochs: Count
@@ -63,6 +63,20 @@ class Start(Line):
     """Last time at which the previous start renewed RUN/status, if it was killed; None: it ended by itself."""
     previous_step: Count | None = None
     """Optimizer steps done by the previous start at `previous_alive`."""
+
+
+class RunStart(Line):
+    """The clock of the run starts, before the first access to training data; in a later start, it continues.
+
+    As in the logs of MLPerf Training, initialization and compilation before it are not timed.
+    """
+
+    kind: Literal["run_start"]
+    step: Count
+    clock: Seconds
+    """Seconds of training so far, over all starts: 0, or those of the checkpoint."""
+    target_top1: Fraction | None = None
+    """Top-1 accuracy at which the run ends; None: there is no target."""
 
 
 class Resolved(Line, extra="allow"):
@@ -110,6 +124,16 @@ class Train(Line):
     """Damaged samples that all ranks have replaced so far in this start."""
 
 
+class EpochStop(Line):
+    """The steps of an epoch have been started. They are also done if an evaluation or a checkpoint follows."""
+
+    kind: Literal["epoch_stop"]
+    step: Count
+    epoch: Annotated[int, Field(ge=1)]
+    clock: Seconds
+    """Seconds of training so far, over all starts."""
+
+
 class Evaluation(Line):
     """Accuracy on the validation split: "eval" of the weights, "eval-ema" of their moving average (EMA)."""
 
@@ -127,6 +151,8 @@ class Evaluation(Line):
     """Number of images."""
     seconds: Seconds = 0.0
     """Duration of the evaluation."""
+    clock: Seconds | None = None
+    """Seconds of training at the end of the evaluation, over all starts."""
 
 
 class CheckpointSaved(Line):
@@ -136,6 +162,17 @@ class CheckpointSaved(Line):
     step: Count
     seconds: Seconds
     """Time for which training was blocked."""
+
+
+class RunStop(Line):
+    """The clock of the run stops: the target was reached, or the last step was done and evaluated."""
+
+    kind: Literal["run_stop"]
+    step: Count
+    clock: Seconds
+    """Seconds of training so far, over all starts."""
+    status: Literal["success", "aborted"]
+    """aborted: the last step was done, but the target was not reached."""
 
 
 class Stop(Line):
@@ -162,11 +199,14 @@ class End(Line):
 
 KINDS: dict[str, type[Line]] = {
     "start": Start,
+    "run_start": RunStart,
     "resolved": Resolved,
     "train": Train,
+    "epoch_stop": EpochStop,
     "eval": Evaluation,
     "eval-ema": Evaluation,
     "checkpoint": CheckpointSaved,
+    "run_stop": RunStop,
     "stop": Stop,
     "end": End,
 }

@@ -50,6 +50,10 @@ class Progress:
         epoch, epoch_step = position.epoch, position.step
         return replace(self, step=step, epoch=epoch, epoch_step=epoch_step, is_best=False, top1={})
 
+    def reached(self, target: float | None) -> bool:
+        """Return whether the best top-1 accuracy is at least `target` (None: there is no target)."""
+        return target is not None and self.best >= target
+
     def evaluated(self, top1: Mapping[WeightsKind, float]) -> Progress:
         """Return the progress after an evaluation at this step."""
         found = replace(self, is_best=False, pending_evaluation=False, top1=dict(top1))
