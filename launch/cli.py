@@ -22,6 +22,7 @@ from tyro.conf import subcommand
 from launch.bench.options import Bench
 from launch.deploy.export_command import Export
 from launch.deploy.predict import Predict
+from launch.race.options import Race
 from launch.recipes.command import Recipes
 from launch.report.command import Report
 from launch.tuning.options import Tune
@@ -102,6 +103,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "look": Look,
     "train": Train,
     "recipes": Recipes,
+    "race": Race,
     "bench": Bench,
     "tune": Tune,
     "goodput": Goodput,
@@ -143,11 +145,12 @@ def _run(args: Sequence[str], training: Sequence[str]) -> int:
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
         )
-        if isinstance(command, Bench | Train | Tune):
+        if isinstance(command, Bench | Race | Train | Tune):
             return command.run(training)
         if training:
             raise UserError(
-                f"-- {' '.join(training)}: only 'train', 'bench' and 'tune' accept training options after --; omit them"
+                f"-- {' '.join(training)}: only 'train', 'race', 'bench' and 'tune' accept training options after --; "
+                "omit them"
             )
         return int(command.run())
     except UserError as error:
@@ -170,7 +173,7 @@ def _check_names(args: Sequence[str]) -> None:
         check_subcommand(args[1], SAMPLES, command=command)
         command, kind = f"{command} {args[1]}", SAMPLES[args[1]]
     elsewhere = {}
-    if kind in (Bench, Train, Tune):
+    if kind in (Bench, Race, Train, Tune):
         from launch.config.recipe import Recipe
 
         example = f"{command} {'' if kind is Train else 'SET '}-- --variant b3"

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,17 @@ def start_training(processes: int | None, options: Sequence[str]) -> int:
     Signals are passed on to all processes, and this process waits until they have ended. A single process replaces this
     one.
     """
-    count = processes or max(1, _gpus())
+    count = processes or default_processes()
     if count == 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, str(TRAIN), *options])
-    return _run(count, options)
+    return run_training(count, options)
+
+
+def default_processes() -> int:
+    """Return the number of GPUs, or 1 if there are none."""
+    return max(1, _gpus())
 
 
 def _gpus() -> int:
@@ -51,7 +56,8 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _run(count: int, options: Sequence[str]) -> int:
+def run_training(count: int, options: Sequence[str]) -> int:
+    """Train with `count` processes, which end before this function returns the exit status of launch/train.py."""
     from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
@@ -74,8 +80,7 @@ def _run(count: int, options: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
         logging.CRITICAL
     )  # `_exit_status` says it
-    signal.set_wakeup_fd(-1)  # from here on, signals are for the training
-    with tempfile.TemporaryDirectory(prefix="pipeline-train-") as folder:
+    with _signals_for_the_training(), tempfile.TemporaryDirectory(prefix="pipeline-train-") as folder:
         running: Any = start_processes("train", sys.executable, arguments, envs, DefaultLogsSpecs(log_dir=folder))
         signal.signal(signal.SIGUSR1, lambda number, frame: _forward(running, number, frame))
         request: SignalException | None = None
@@ -91,6 +96,19 @@ def _run(count: int, options: Sequence[str]) -> int:
             except SignalException as new:  # pass it on, also a second one
                 request = new
         return _exit_status(failed[0]) if failed else 0
+
+
+@contextlib.contextmanager
+def _signals_for_the_training() -> Iterator[None]:
+    """Restore the handlers of signals that `start_processes` and this file replace."""
+    old = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGUSR1)}
+    pipe = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(pipe)
 
 
 def _forward(running: Any, number: int, frame: FrameType | None) -> None:

@@ -146,7 +146,7 @@ MISSPELT = [
     (("tune", "SET", "--recipe", "x"), "write training options after --: pipeline tune SET -- --variant b3"),
     (("bench", "SET", "--", "--steps", "3"), "--steps: an option of the command, not of training"),
     (("bench", "SET", "--", "--varaint", "b0"), "did you mean --variant?"),
-    (("info", "SET", "--", "--x"), "only 'train', 'bench' and 'tune' accept training options after --"),
+    (("info", "SET", "--", "--x"), "only 'train', 'race', 'bench' and 'tune' accept training options after --"),
 ]
 
 

@@ -301,7 +301,7 @@ def test_the_positional_set_takes_precedence_over_a_recipe_file(tmp_path: Path) 
     [
         (
             ("info", "SET", "--", "--size", "32"),
-            "-- --size 32: only 'train', 'bench' and 'tune' accept training options",
+            "-- --size 32: only 'train', 'race', 'bench' and 'tune' accept training options",
         ),
         (("tune", "SET", "--", "--data", "other"), "--data other: differs from the set SET of the command"),
         (("bench", "SET", "--", "--data", "other"), "--data other: differs from the set SET of the command"),
