@@ -118,7 +118,7 @@ class Engine:
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
         # Modules in eval mode during training.
-        self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
+        self._frozen: list[nn.Module] = [*batch_norms(self.model)] if recipe.model.freeze_bn else []
         if recipe.model.freeze_backbone:
             self._frozen = list(backbone_modules(self.model))
         # Without this, the first `_set_training_mode` would return early and not set the mode of frozen layers.

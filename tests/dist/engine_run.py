@@ -3,9 +3,10 @@
     engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--shapes MxSIZE ...] [--poison STEP]
                   [--statistics] [--recalibrate N] [--replay [--fails-on RANK]] [options of launch/train.py]
 
-Step n has the shape number n of --shapes, which are repeated: M images per forward pass, and their size. BatchNorm is frozen unless --statistics is given. Rank 0 writes the canonical state, the losses and gradient norms of
-all steps, and the notes to OUT.pt. With --replay, training passes are captured and replayed by a substitute for CUDA
-graphs, whose capture can be made to fail on one rank.
+Step n has the shape number n of --shapes, which are repeated: M images per forward pass, and their size. BatchNorm is
+frozen unless --statistics is given; --recalibrate replaces its statistics at the end. Rank 0 writes the canonical
+state, the losses and gradient norms of all steps, and the notes to OUT.pt. With --replay, training passes are captured
+and replayed by a substitute for CUDA graphs, whose capture can be made to fail on one rank.
 """
 
 from __future__ import annotations

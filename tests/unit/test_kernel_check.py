@@ -273,6 +273,14 @@ def test_without_kernels_nothing_is_compared(model: fat.FAT, capsys: pytest.Capt
     assert capsys.readouterr().err == ""
 
 
+def test_kernels_are_compared_at_every_image_size_once(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = pretend_kernels_run_on_cpu(monkeypatch)
+    found = lambda model, size, dtype, **_: [stub(families.CONVOLUTION), stub(f"at {size} pixels")]  # noqa: E731
+    monkeypatch.setattr(kernel_check.selfcheck, "cases", found)
+    check(model, sizes=[64, 96])
+    assert compared == [families.CONVOLUTION, "at 64 pixels", "at 96 pixels"]
+
+
 def test_every_start_runs_the_check_and_writes_no_files(
     model: fat.FAT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

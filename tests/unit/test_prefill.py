@@ -348,17 +348,17 @@ def test_the_command_fills_and_prunes_the_cache(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "WORK", {"step": lambda model, shape, dtype: copies(shape[0], shape[2])})
-    options = ["--batch", "32", "--size", "64", "--capability", "8.0", "--processes", "1", "--prune"]
+    options = ["--batch", "32", "--size", "64", "128", "--capability", "8.0", "--processes", "1", "--prune"]
     monkeypatch.setattr(sys, "argv", ["prefill", *options])
     assert command.main() == 0
     shown = capsys.readouterr().out
-    assert "compiling kernels 2/2" in shown
-    assert "2 kernels: 2 compiled, 0 in the cache" in shown
+    assert "compiling kernels 3/3" in shown
+    assert "3 kernels: 3 compiled, 0 in the cache" in shown
     kept = Counter(path.suffix for path in cache.rglob("*") if path.is_file())
     assert kept.keys() == {".cubin", ".json", ".so"}
-    assert kept[".cubin"] == 2
+    assert kept[".cubin"] == 3
     assert command.main() == 0
-    assert "2 kernels: 0 compiled, 2 in the cache" in capsys.readouterr().out
+    assert "3 kernels: 0 compiled, 3 in the cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", list(gpu_run.WORK))

@@ -1,6 +1,6 @@
 """Fill Triton's cache with the kernels of FAT's training steps and evaluation.
 
-    TRITON_CACHE_DIR=DIR python -m fat.kernels.prefill [--models fat_b0 ...] [--batch 256] [--size 224] [--prune]
+    TRITON_CACHE_DIR=DIR python -m fat.kernels.prefill [--models fat_b0 ...] [--batch 256] [--size 224 ...] [--prune]
 
 No GPU is needed. The cache can be used on machines with a GPU of the compiled compute capability, if Python, PyTorch,
 Triton and the sources have the same versions and paths: its keys are hashes of these, and it contains absolute paths.
@@ -30,7 +30,7 @@ EVERY = 5.0  # seconds between progress lines
 
 def main() -> int:
     arguments = parser("fat.kernels.prefill", __doc__)
-    add_options(arguments)
+    add_options(arguments, several_sizes=True)
     arguments.add_argument(
         "--models", nargs="+", choices=fat.list_models(), default=["fat_b0"], help="models to compile kernels for"
     )
@@ -48,16 +48,25 @@ def main() -> int:
     for name in options.models:
         with torch.device("meta"):
             model = fat.create_model(name)
-        shape = (options.batch, model.config.in_chans, options.size, options.size)
-        work += [WORK[kind](model, shape, dtype=getattr(torch, options.dtype)) for kind in options.work]
+        for size in options.size:
+            shape = (options.batch, model.config.in_chans, size, size)
+            work += [WORK[kind](model, shape, dtype=getattr(torch, options.dtype)) for kind in options.work]
     return fill(work, options)
 
 
-def add_options(arguments: argparse.ArgumentParser) -> None:
-    """Add the options of all tools that fill the cache."""
+def add_options(arguments: argparse.ArgumentParser, *, several_sizes: bool = False) -> None:
+    """Add the options of all tools that fill the cache.
+
+    Args:
+        several_sizes: `size` is a list.
+    """
     arguments.add_argument("--batch", type=number(int, 1, 1_000_000), default=256, help="images per micro-batch")
     size = number(int, MIN_SIZE, 8192)
-    arguments.add_argument("--size", type=size, default=224, help="side of the square images in pixels")
+    if several_sizes:
+        help = "sides of the square images in pixels, such as all sizes of a --size-schedule"
+        arguments.add_argument("--size", type=size, nargs="+", default=[224], help=help)
+    else:
+        arguments.add_argument("--size", type=size, default=224, help="side of the square images in pixels")
     arguments.add_argument(
         "--capability", type=_capability, default=(9, 0), help="compute capability to compile for (9.0: H100, H200)"
     )
