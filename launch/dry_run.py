@@ -58,7 +58,7 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     recipe, plan, shape, world = feed.recipe, feed.plan, feed.shape, feed.world
     data, phases = recipe.data, feed.phases
     zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
-    total = recipe.optim.epochs * plan.steps_per_epoch
+    total = feed.total_steps
     costs = {size: count(model, size) for size in sorted({phase.augment.size for phase in phases})}
     cost = costs[phases[-1].augment.size]
     state = 4 * cost.parameters

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +19,7 @@ from launch.engine.input_shapes import InputShape
 from launch.machine.world import World
 from launch.run.progress import Progress
 from pipeline.augment.recipe import AugmentRecipe
+from pipeline.batch import Batch
 from pipeline.batch_shape import BatchShape, check_enough_samples
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.phases.train_phase import TrainPhase, phase_at, phases_of
@@ -86,13 +89,13 @@ class Feed:
     @cached_property
     def phases(self) -> tuple[TrainPhase, ...]:
         """Image size, augmentation and micro-batch by step; a single phase without a size schedule."""
-        data, steps = self.recipe.data, self.plan.steps_per_epoch
+        data = self.recipe.data
         return phases_of(
             data.sizes,
             augment=self.augment,
             shape=self.shape,
-            total_steps=self.recipe.optim.epochs * steps,
-            steps_per_epoch=steps,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
             min_strength=data.min_strength,
             micro_batches=data.micro_batches,
         )
@@ -101,14 +104,13 @@ class Feed:
         """Return the phase of an optimizer step."""
         return phase_at(self.phases, step)
 
-    def drop_path_scale(self, step: int) -> float:
-        """Return the factor of the drop path rates in an optimizer step."""
-        return self.phase_at(step).strength
-
     @property
     def input_shapes(self) -> tuple[InputShape, ...]:
         """Shapes of this rank's training batches, in order of use."""
-        return (InputShape(self.shape.micro_rows, self.recipe.data.size, self.shape.accumulation),)
+        return tuple(
+            InputShape(phase.shape.micro_rows, phase.augment.size, phase.shape.accumulation, phase.strength)
+            for phase in self.phases
+        )
 
     @property
     def classes(self) -> int:
@@ -188,22 +190,30 @@ class Feed:
     @property
     def last_step(self) -> int:
         """Optimizer step at which the run ends at the latest, counted from the start of training."""
-        total = self.recipe.optim.epochs * self.plan.steps_per_epoch
         stop = self.recipe.run.stop_after
-        return total if stop is None else min(total, stop)
+        return self.total_steps if stop is None else min(self.total_steps, stop)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all epochs."""
+        return self.recipe.optim.epochs * self.plan.steps_per_epoch
 
     def finished(self, progress: Progress) -> bool:
         """Return whether a run with this progress does no further steps: all are done, or the target is reached."""
         return progress.step >= self.last_step or progress.reached(self.recipe.run.target_top1)
 
-    def train_loader(self, *, step: int, dtype: torch.dtype) -> TrainLoader:
-        """Return a loader of this rank's micro-batches from optimizer step `step` to the end of training."""
+    def train_loader(self, *, step: int, dtype: torch.dtype, epochs: int | None = None) -> TrainLoader:
+        """Return a loader of this rank's micro-batches from optimizer step `step` to the end of training.
+
+        Args:
+            epochs: number of epochs after which the loader ends instead, counted from the start of training.
+        """
         return TrainLoader(
             self.dataset,
             self.plan,
             self.shape,
             self.augment,
-            epochs=self.recipe.optim.epochs,
+            epochs=epochs or self.recipe.optim.epochs,
             start=self.plan.at(step),
             device=self.world.device,
             dtype=dtype,
@@ -211,6 +221,17 @@ class Feed:
             kernels=fat.kernels.mode() != "off",
             phases=self.phases,
         )
+
+    @contextmanager
+    def recalibration_batches(self, *, dtype: torch.dtype) -> Iterator[Iterator[Batch]]:
+        """Open this rank's part of the global batches of --recalibrate-bn.
+
+        They follow the last epoch, with the image size and the augmentation of the last phase.
+        """
+        steps, epochs = self.recipe.model.recalibrate_bn, self.recipe.optim.epochs
+        end = epochs + math.ceil(steps / self.plan.steps_per_epoch)
+        with self.train_loader(step=self.total_steps, dtype=dtype, epochs=end) as loader:
+            yield itertools.islice(loader.stream(), steps * self.phases[-1].shape.accumulation)
 
     @property
     def loader_options(self) -> LoaderOptions:

@@ -95,6 +95,8 @@ class TrainingLoop:
             self.log()
         if state.epoch_step == 0:
             self.metrics.log_epoch_stop(state.step)
+        if state.step == self.feed.total_steps and self.recipe.model.recalibrate_bn:
+            self.recalibrate()
         if (last or ends_epoch) and self.val_loader is not None:
             self.state = replace(state, pending_evaluation=True)
             self.evaluate()
@@ -130,11 +132,24 @@ class TrainingLoop:
             self.metrics.log_stop(self.state.step, reason)  # after the save, whose time is that of a checkpoint
             raise
 
+    @property
+    def _kinds(self) -> tuple[WeightsKind, ...]:
+        return WEIGHTS_KINDS if self.recipe.optim.ema else WEIGHTS_KINDS[:1]
+
+    def recalibrate(self) -> None:
+        """Recalibrate BatchNorm's statistics, of the weights and of their EMA if there is one."""
+        self.metrics.view.phase = "recalibrating BatchNorm"
+        for kind in self._kinds:
+            with self.feed.recalibration_batches(dtype=self.engine.input_dtype) as batches:
+                self.engine.recalibrate_batch_norm(self.watchdog.beat_on_each(batches), average=kind == "average")
+        self.metrics.view.phase = ""
+        self.metrics.print(f"recalibrated BatchNorm over {self.recipe.model.recalibrate_bn} global batches")
+
     def evaluate(self) -> None:
         """Evaluate the weights, and their EMA if there is one."""
         results: dict[WeightsKind, dict[str, float]] = {}
         samples: dict[WeightsKind, SampleResults] = {}
-        for kind in WEIGHTS_KINDS if self.recipe.optim.ema else WEIGHTS_KINDS[:1]:
+        for kind in self._kinds:
             started = time.perf_counter()
             batches = self.metrics.evaluation(self.val_loader or (), kind)
             batches = self.watchdog.beat_on_each(self.preemption.until_stop(batches))

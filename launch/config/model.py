@@ -39,9 +39,9 @@ class ModelConfig:
     """Normalize with BatchNorm's running statistics and do not update them. Use it for fine-tuning with small
     batches."""
     recalibrate_bn: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
-    """Before the last evaluation, replace BatchNorm's running statistics, of the weights and of their EMA, by averages
-    over this many batches of training images, without drop path; 0 = off. Useful if the image size has changed shortly
-    before. Frozen statistics do not change."""
+    """At the end of the last epoch, replace BatchNorm's running statistics, of the weights and of their EMA, by
+    averages over this many global batches of training images, without drop path; 0 = off. Useful if the image size has
+    changed shortly before. Frozen statistics do not change."""
     freeze_backbone: bool = False
     """Train only the classifier (linear probe). The other layers compute as in evaluation, with BatchNorm's running
     statistics, and no gradients are computed for them. Use it with --weights. It cannot change when a run is

@@ -68,7 +68,7 @@ def check_training_kernels(recipe: Recipe, feed: Feed, model: nn.Module) -> Kern
     """Run `check_kernels` for a training run. Collective."""
     _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    frozen, size = recipe.model.frozen_norms, recipe.data.size
+    frozen, size = recipe.model.frozen_norms, recipe.data.evaluation_size
     shapes = dict.fromkeys((shape.rows, shape.size) for shape in feed.input_shapes)
     return check_kernels(
         model,

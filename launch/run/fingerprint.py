@@ -55,6 +55,7 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             },
             "crop_pct": recipe.data.crop_pct,
             "eval_size": recipe.data.evaluation_size,
+            "recalibrate_bn": recipe.model.recalibrate_bn,
             "warmup_epochs": optim.warmup,
             "schedule": optim.resolved_schedule,
             "decay_fraction": optim.decay_fraction,

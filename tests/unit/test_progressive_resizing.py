@@ -14,6 +14,7 @@ from launch.config.command_line import parse
 from launch.dry_run import describe_run
 from launch.engine.build import build_model
 from launch.engine.execution import Execution
+from launch.engine.input_shapes import InputShape
 from launch.engine.memory import check_batches_fit
 from launch.feed import Feed
 from launch.machine.world import World
@@ -41,7 +42,7 @@ def test_the_phases_of_a_run_span_all_epochs(digits: Path) -> None:
     assert first_steps == [0, -(-total // 4), -(-total * 5 // 8)]
     assert [phase.augment.size for phase in found.phases] == [32, 64, 96]
     assert [phase.shape.accumulation for phase in found.phases] == [1, 2, 4]
-    assert [found.drop_path_scale(step) for step in first_steps] == [0.5, 0.75, 1.0]
+    assert found.input_shapes == (InputShape(16, 32, 1, 0.5), InputShape(8, 64, 2, 0.75), InputShape(4, 96, 4, 1.0))
     assert found.phase_at(total - 1).augment == found.augment
     assert found.last_step == 7
 
@@ -50,7 +51,7 @@ def test_without_a_schedule_all_steps_have_the_same_size(digits: Path) -> None:
     found = feed(digits, "--size", "64", "--min-strength", "0.1")
     assert len(found.phases) == 1
     assert (found.phase_at(100).augment, found.phase_at(100).shape) == (found.augment, found.shape)
-    assert found.drop_path_scale(100) == 1.0
+    assert found.input_shapes == (InputShape(16, 64, 1, 1.0),)
 
 
 def test_training_and_evaluation_have_their_own_sizes(digits: Path) -> None:
