@@ -44,7 +44,7 @@ class Storage:
     one_file: bool = False
     """Whether all shards are byte ranges of one file."""
     pixels: bool = False
-    """Whether the file is a .beton, which may store pixels. Pixels are recognised by size: a JPEG is smaller."""
+    """Whether images may be stored as pixels. They are recognised by their size: JPEGs in the same file are smaller."""
     starts: NDArray[np.int64] | None = None
     """int64 [shards]: offset at which each file begins in the .beton, if the files are segments of one."""
 
@@ -85,10 +85,12 @@ def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open
     remote = dataset if isinstance(dataset, RemoteSet) else None
     if entry.tars and not (beton and entry.beton):
         index = dataset.index(split)
+        files: ShardFiles
         if remote:
-            files = [whole_file(shard.name, shard.bytes, shard.hash) for shard in entry.shards]
-            return Storage(index, remote.files(files))
-        return Storage(index, LocalFiles([dataset.path / shard.name for shard in entry.shards], max_open=max_open))
+            files = remote.files([whole_file(shard.name, shard.bytes, shard.hash) for shard in entry.shards])
+        else:
+            files = LocalFiles([dataset.path / shard.name for shard in entry.shards], max_open=max_open)
+        return Storage(index, files, pixels=entry.pixels)
     assert entry.beton is not None
     path = dataset.path / entry.beton.name
     if not beton and entry.beton.mode != "jpg":
@@ -115,11 +117,12 @@ def _in_segments(storage: Storage, split: str, beton: BetonEntry, remote: Remote
 
 
 def tar_key(files: ShardFiles, file: int, offset: int) -> str | None:
-    """Return the sample key from the tar header before a member's data; None if the header cannot be read.
+    """Return the sample key from the tar header before an image; None if the header cannot be read.
 
     A name that is too long for the header is stored in an extended header (GNU `L`, pax `x`) before it. It is read only
     if its content fits into one block, which is nearly always the case.
     """
+    offset -= offset % BLOCK  # the start of the member: pixels are preceded by the header of a PPM
     try:
         header = tarfile.TarInfo.frombuf(_block(files, file, offset - BLOCK), "utf-8", "surrogateescape")
         before = _extended_name(files, file, offset - 3 * BLOCK)

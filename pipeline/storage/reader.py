@@ -54,7 +54,7 @@ class Encoded:
     rows: NDArray[np.void]
     """Index entries (INDEX_DTYPE [n]: label, height, width, ...), copied."""
     raw: NDArray[np.bool_]
-    """bool [n]. True: pixels, uint8 [height x width x 3] (only in a .beton); False: a JPEG."""
+    """bool [n]. True: pixels, uint8 [height x width x 3]; False: a JPEG."""
     faults: list[Fault] = field(default_factory=list)
     """Bad samples. The bytes of their rows must not be used."""
 

@@ -6,35 +6,25 @@ project did not shuffle them, and the mean number of consecutive samples with th
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
-from numpy.typing import NDArray
 
+from shards.commands.index_tar import MIXED, IndexedTar, IndexJob, index_tar
 from shards.convert.join import print_notes, publish_manifest, summarize_warnings, to_unused_records
 from shards.convert.options import MAX_REJECTS
-from shards.convert.rejects import Reject, count_reasons, write_rejects
+from shards.convert.rejects import count_reasons, write_rejects
 from shards.convert.work_folder import WorkFolder
-from shards.convert.writer import index_row
-from shards.errors import ConversionFailed, UserError, explain_os_errors, reading
+from shards.errors import ConversionFailed, UserError, explain_os_errors
 from shards.files.lock import file_lock
 from shards.files.output import check_output_folder
-from shards.files.regular import open_regular
-from shards.format.index import INDEX_DTYPE, Index
+from shards.format.index import Index
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool_version
-from shards.format.manifest_fields import ClassEntry, ShardEntry, SplitEntry
-from shards.images.accept import accept
-from shards.images.limits import MAX_ENCODED
-from shards.images.rules import Accepted, ImageRules, Rejected
+from shards.format.manifest_fields import ClassEntry, SplitEntry
+from shards.images.rules import ImageRules
 from shards.progress import Progress
-from shards.redact import one_line, with_relative_paths
-from shards.sources.layouts.members import Member
-from shards.sources.layouts.tar_samples import read_tar
+from shards.redact import with_relative_paths
 from shards.sources.layouts.webdataset import incomplete_sample_warnings, split_of
-from shards.sources.listing import Container
 from shards.sources.naming.class_warnings import (
     Counts,
     blank_image_warnings,
@@ -43,39 +33,10 @@ from shards.sources.naming.class_warnings import (
     rejected_class_warnings,
 )
 from shards.sources.naming.classes import read_classes
-from shards.sources.naming.labels import FileLabels, LabelReader, number_classes
+from shards.sources.naming.labels import number_classes
 from shards.sources.naming.splits import assign_splits
-from shards.sources.unused import MAX_TEXT, UnusedEntry, merge
+from shards.sources.unused import MAX_TEXT, merge
 from shards.workers.pool import run_jobs
-from shards.workers.worker import Report
-
-CHUNK = 2**22
-
-
-@dataclass(frozen=True)
-class IndexJob:
-    """One tar to be indexed in a worker process."""
-
-    tar: Path
-    rules: ImageRules
-
-
-@dataclass(frozen=True)
-class IndexedTar:
-    """The content of one tar."""
-
-    split: str
-    entry: ShardEntry
-    rows: Index
-    """`INDEX_DTYPE` [samples]; `shard` and the final `label` are set when the rows of all tars are joined."""
-    rejected: list[Reject]
-    labels: FileLabels
-    listed: NDArray[np.int64]
-    """int64 [samples]: labels of all samples including rejected ones, numbered as in `labels` until the rows of
-    all tars are joined."""
-    blank: int
-    """Number of images that are nearly black or of a single color."""
-    unused: tuple[UnusedEntry, ...]
 
 
 def index_tars(
@@ -99,7 +60,8 @@ def index_tars(
 
     Raises:
         UserError: the tars are in several folders, or in a finished set; a tar is compressed, damaged or has no
-            samples; `number_classes` rejects the labels; or there are warnings about file names and `strict` is set.
+            samples; a split has both JPEGs and pixels; `number_classes` rejects the labels; or there are warnings about
+            file names and `strict` is set.
         ConversionFailed: more than `max_rejects` of the images are rejected, or there are warnings and `strict` is set.
     """
     folders = {tar.absolute().parent for tar in tars}
@@ -178,6 +140,7 @@ def _index_and_publish(
     for one, labels in zip(indexed, numbered.labels, strict=True):
         one.rows["label"] = labels[one.rows["label"]]
         one.listed[:] = labels[one.listed]
+    _check_same_encoding(work.out, indexed)
     unused = merge(one.unused for one in indexed)
     late = [*incomplete_sample_warnings(unused), *_class_warnings(numbered.classes, indexed)]
     print_notes(warnings=late)
@@ -210,6 +173,16 @@ def _index_and_publish(
     return manifest
 
 
+def _check_same_encoding(folder: Path, indexed: list[IndexedTar]) -> None:
+    """Raise UserError if the tars of a split have both JPEGs and pixels."""
+    first: dict[str, IndexedTar] = {}
+    for one in indexed:
+        other = first.setdefault(one.split, one) if len(one.rows) else one
+        if one.pixels != other.pixels:
+            tars = f"{other.entry.name}, {one.entry.name}"
+            raise UserError(f"{folder}: the tars of split '{one.split}' ({tars}) have {MIXED}")
+
+
 def _strict_error(folder: Path, warnings: list[str]) -> str:
     return f"{folder}: --strict: {summarize_warnings(warnings)}; correct the tars, or omit --strict"
 
@@ -236,55 +209,10 @@ def _join(work: WorkFolder, split: str, found: list[IndexedTar]) -> SplitEntry:
     samples = sum(len(one.rows) for one in found)
     index = work.index(split).name
     digest = work.publish_index(index, samples, (one.rows for one in found))
-    return SplitEntry(samples=samples, shards=tuple(one.entry for one in found), index=index, index_hash=digest)
-
-
-def index_tar(job: IndexJob, report: Report) -> IndexedTar:
-    """Hash a tar and read its images. Runs in a worker process.
-
-    Raises:
-        UserError: the tar is damaged, or a sample is incomplete.
-        ConversionFailed: the tar was modified during indexing.
-        StorageFailed: the tar cannot be read.
-    """
-    container = Container.of(job.tar)
-    split = split_of(job.tar, job.tar.parent)
-    labels = LabelReader()
-    samples, unused = read_tar(job.tar, labels, split)
-    rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
-    rejected: list[Reject] = []
-    digest = xxhash.xxh3_64()
-    kept = blank = 0
-    with reading(job.tar), os.fdopen(open_regular(job.tar), "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            report(len(chunk), len(chunk))
-        size = file.tell()
-        for sample in samples:
-            report.start(f"{job.tar}: {sample.image.name}".encode("utf-8", "surrogateescape"))
-            try:
-                image = _accept_unrepaired(_read_image(file.fileno(), sample.image), job.rules)
-                rows[kept] = index_row(image, sample.label, sample.image.offset, 0)
-                kept += 1
-                blank += image.blank
-            except Rejected as error:
-                where = f"{one_line(job.tar.name)}/{one_line(sample.image.name)}"
-                rejected.append(Reject(split=split, image=where, reason=one_line(str(error))))
-        if not container.is_still(os.fstat(file.fileno())) or size != container.size:
-            raise ConversionFailed(f"{job.tar}: was modified while it was indexed; run the same command again")
-    entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
-    listed = np.array([sample.label for sample in samples], dtype=np.int64)
-    return IndexedTar(split, entry, rows[:kept], rejected, labels.found(), listed, blank, unused)
-
-
-def _read_image(handle: int, member: Member) -> bytes:
-    if member.size > MAX_ENCODED:
-        raise Rejected(f"{member.size:,} bytes, more than the {MAX_ENCODED:,} bytes that are allowed")
-    return os.pread(handle, member.size, member.offset)
-
-
-def _accept_unrepaired(data: bytes, rules: ImageRules) -> Accepted:
-    image = accept(data, rules)
-    if image.repair:
-        raise Rejected(f"{image.repair}: 'pipeline shard' re-encodes such images, but 'pipeline index' cannot")
-    return image
+    return SplitEntry(
+        samples=samples,
+        shards=tuple(one.entry for one in found),
+        index=index,
+        index_hash=digest,
+        pixels=found[0].pixels,
+    )

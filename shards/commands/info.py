@@ -144,6 +144,10 @@ def _provenance(shard_set: ShardSet) -> Table:
             if name == "shard_bytes" and isinstance(value, int):
                 value = f"{value / 2**20:,g} MiB"  # noqa: PLW2901 - the unit that --shard-size has
             table.add_row(_text(name), _text(value))
+    if "filter" in made:
+        table.add_row("filter of shrunk images", _text(made["filter"]))
+    for name, version in made.get("libraries", {}).items():
+        table.add_row(_text(name), _text(version))
     for split, counts in made.get("images", {}).items():
         for what, reasons in (("re-encoded", counts.get("repaired", {})), ("rejected", counts.get("rejected", {}))):
             for reason, count in reasons.items():

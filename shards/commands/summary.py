@@ -18,13 +18,15 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
     manifest = shard_set.manifest
     made, splits, classes = manifest.made, manifest.splits, manifest.classes
     images = made.get("images", {})
+    pixels = made.get("options", {}).get("pixels")
     repaired = {split: counts.get("repaired", {}) for split, counts in images.items()}
     rejected = {split: counts.get("rejected", {}) for split, counts in images.items()}
     unused = sorted(made.get("unused", []), key=lambda one: -one["count"])
     not_used = f", {sum(one['count'] for one in unused):,} not used" if unused else ""
     yield (
         f"{shard_set.path}: {' + '.join(f'{entry.samples:,} {split}' for split, entry in splits.items())} images of "
-        f"{_count(len(classes), 'class')}, {_total(repaired):,} re-encoded, {_total(rejected):,} rejected{not_used}"
+        f"{_count(len(classes), 'class')}, {_total(repaired):,} {'repaired' if pixels else 're-encoded'}, "
+        f"{_total(rejected):,} rejected{not_used}"
     )
     for split, entry in splits.items():
         each = count_labels(shard_set.index(split)["label"], len(classes))
@@ -38,9 +40,8 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
         if split in made.get("class_run", {}):
             length = f"{made['class_run'][split]:g}"
             yield f"{split}: in the order of the tars, where runs of one class have a mean length of {length}"
-    yield from _shortened(
-        f"re-encoded as plain JPEG: {count:,} {split}: {reason}" for split, reason, count in _sorted(repaired)
-    )
+    kind = "repaired" if pixels else "re-encoded as plain JPEG"
+    yield from _shortened(f"{kind}: {count:,} {split}: {reason}" for split, reason, count in _sorted(repaired))
     examples = first_rejects(shard_set.path) if _total(rejected) else {}
     yield from _shortened(
         f"rejected: {count:,} {split}: {reason} (such as {examples.get((split, reason), 'one of its files')})"

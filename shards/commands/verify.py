@@ -21,9 +21,10 @@ from shards.format.dataset import ShardSet
 from shards.format.index import Index
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest
 from shards.format.manifest_fields import ShardEntry
-from shards.format.tar import BLOCK, END, dali_index, header, index_line, padding
+from shards.format.tar import BLOCK, END, dali_index, header, image_suffix, index_line, padding
 from shards.images.accept import exceeded_limit
 from shards.images.jpeg import NotAJpeg, parse_header
+from shards.images.ppm import ppm_header
 from shards.progress import Progress
 from shards.workers.pool import run_jobs
 from shards.workers.worker import Report
@@ -41,6 +42,8 @@ class ShardCheck:
     """`INDEX_DTYPE` [samples of the shard]."""
     indexed_in_place: bool
     """Whether the tar was indexed in place, so that only the offsets of its images are known."""
+    pixels: bool
+    """Whether the images are pixels (KEY.ppm) instead of JPEGs."""
 
 
 def verify(path: Path, workers: int | None = None) -> list[str]:
@@ -108,12 +111,12 @@ def _hash(file: FileIO) -> str:
 
 def _shard_checks(shard_set: ShardSet, split: str) -> list[ShardCheck]:
     """Return one check per tar of a split, with the tar's index rows."""
-    index, entries = shard_set.index(split), shard_set.split(split).shards
+    path, index, stored = shard_set.path, shard_set.index(split), shard_set.split(split)
     indexed_in_place = not shard_set.manifest.shuffled
     ends = np.cumsum(shard_set.shard_samples(split)).tolist()
     return [
-        ShardCheck(shard_set.path / entry.name, entry, index[end - entry.samples : end], indexed_in_place)
-        for entry, end in zip(entries, ends, strict=True)
+        ShardCheck(path / entry.name, entry, index[end - entry.samples : end], indexed_in_place, stored.pixels)
+        for entry, end in zip(stored.shards, ends, strict=True)
     ]
 
 
@@ -129,8 +132,8 @@ def check_shard(check: ShardCheck, report: Report) -> list[str]:
             return faults
         with open_file(path) as file:
             if check.indexed_in_place:
-                return _check_indexed_tar(path, file, check.rows, entry, report)
-            faults, lines = _walk(path, file, check.rows, entry, report)
+                return _check_indexed_tar(file, check, report)
+            faults, lines = _walk(file, check, report)
     except FileNotFoundError:
         return [f"{path}: missing"]
     except OSError as error:
@@ -140,8 +143,9 @@ def check_shard(check: ShardCheck, report: Report) -> list[str]:
     return faults or _check_dali_index(path.with_suffix(".idx"), lines)
 
 
-def _walk(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> tuple[list[str], list[str]]:
+def _walk(file: FileIO, check: ShardCheck, report: Report) -> tuple[list[str], list[str]]:
     """Read a tar from its first byte to its last; return its faults and the expected lines of its DALI index."""
+    path, entry, suffix = check.path, check.entry, image_suffix(pixels=check.pixels)
     digest = xxhash.xxh3_64()
     faults: list[str] = []
     lines: list[str] = []
@@ -152,30 +156,34 @@ def _walk(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Repo
         digest.update(content)
         return content
 
-    for row in rows:
-        at, size, label = file.tell(), int(row["size"]), b"%d" % row["label"]
+    for row in check.rows:
+        ppm = _ppm_header(check, row)
+        at, size, label = file.tell(), len(ppm) + int(row["size"]), b"%d" % row["label"]
         head = read(BLOCK)
         name = _name(head)
-        key = name.removesuffix(".jpg")
-        image = read(size)
+        key = name.removesuffix(f".{suffix}")
+        start = read(len(ppm))
+        image = read(size - len(ppm))
         rest = read(-size % BLOCK + BLOCK + len(label) + -len(label) % BLOCK)
         where = f"{path}: offset {at}, key '{key}'"
-        if at + BLOCK != row["offset"]:
+        if at + BLOCK + len(ppm) != row["offset"]:
             faults.append(f"{where}: according to the index, this image is at offset {row['offset']}")
         elif key == name or head != header(name, size):
             faults.append(f"{where}: damaged tar header")
+        elif start != ppm:
+            faults.append(f"{where}: damaged header of a PPM")
         elif xxhash.xxh3_64_intdigest(image) != row["hash"]:
             faults.append(f"{where}: the image differs from the one that was written")
         elif rest != padding(size) + header(f"{key}.cls", len(label)) + label + padding(len(label)):
             faults.append(f"{where}: the label member is damaged")
         elif key in keys:
             faults.append(f"{where}: duplicate key")
-        elif not _fits(image, row):
+        elif not check.pixels and not _fits(image, row):
             faults.append(f"{where}: height, width or orientation differs from the index")
-        elif (excess := exceeded_limit(image)) is not None:
+        elif not check.pixels and (excess := exceeded_limit(image)) is not None:
             faults.append(f"{where}: 'pipeline shard' would reject this image: {excess}")
         keys.add(key)
-        lines.append(index_line(key, at + BLOCK, size, len(label)))
+        lines.append(index_line(key, suffix, at + BLOCK, size, len(label)))
         report(1, size)
     if read(len(END) + 1) != END:
         faults.append(f"{path}: offset {entry.bytes - len(END)}: damaged end of archive")
@@ -184,24 +192,33 @@ def _walk(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Repo
     return faults, lines
 
 
-def _check_indexed_tar(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> list[str]:
+def _check_indexed_tar(file: FileIO, check: ShardCheck, report: Report) -> list[str]:
     """Check a tar that was indexed in place: its hash, and the images at the offsets in the index."""
+    path, entry = check.path, check.entry
     digest = _hash(file)
     faults = []
-    for row in rows:
+    for row in check.rows:
+        ppm = _ppm_header(check, row)
         at, size = int(row["offset"]), int(row["size"])
         image = os.pread(file.fileno(), size, at)
         if xxhash.xxh3_64_intdigest(image) != row["hash"]:
-            key = _name(os.pread(file.fileno(), BLOCK, max(0, at - BLOCK)))
+            key = _name(os.pread(file.fileno(), BLOCK, max(0, at - len(ppm) - BLOCK)))
             faults.append(f"{path}: offset {at}, '{key}': the image differs from the indexed one")
-        elif not _fits(image, row):
+        elif ppm != os.pread(file.fileno(), len(ppm), max(0, at - len(ppm))):
+            faults.append(f"{path}: offset {at}: height or width differs from the index")
+        elif not check.pixels and not _fits(image, row):
             faults.append(f"{path}: offset {at}: height, width or orientation differs from the index")
-        elif (excess := exceeded_limit(image)) is not None:
+        elif not check.pixels and (excess := exceeded_limit(image)) is not None:
             faults.append(f"{path}: offset {at}: 'pipeline index' would reject it: {excess}")
         report(1, size)
     if not faults and digest != entry.hash:
         faults.append(f"{path}: expected hash {entry.hash}, found {digest}: damaged outside its images")
     return faults
+
+
+def _ppm_header(check: ShardCheck, row: np.void) -> bytes:
+    """Return the bytes between the start of an image's tar member and its pixels; none for a JPEG."""
+    return ppm_header(int(row["height"]), int(row["width"])) if check.pixels else b""
 
 
 def _name(head: bytes) -> str:

@@ -13,15 +13,16 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shards.convert.conversion_plan import ConversionPlan
+from shards.convert.conversion_plan import ConversionPlan, assign_to_shards, library_versions
 from shards.convert.join import ConversionResult, join, print_notes, published_names, summarize_warnings
 from shards.convert.options import MAX_REJECTS, Options
 from shards.convert.parts import ALL_SHARDS, ConversionPart, lock_part
-from shards.convert.shard_assignment import assign_to_shards
+from shards.convert.pixel_size import describe_size, expect_bytes
 from shards.convert.source_check import (
     check_exists,
     check_finished,
@@ -78,7 +79,7 @@ def convert(source: Path, out: Path, options: Options, part: ConversionPart | No
         if saved:
             is_needed = partial(_is_unfinished, work, _jobs(plan, part or ALL_SHARDS))
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
-        print_notes(plan.notes, plan.warnings)
+        print_notes([*plan.notes, *([describe_size(work, plan)] if plan.rules.pixels else [])], plan.warnings)
         if options.strict:
             _fail_on_warnings(source, plan.warnings)
         with lock_part(work, part or ALL_SHARDS):
@@ -165,6 +166,8 @@ def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
                 if options.strict and plan.warnings:
                     print_notes(warnings=plan.warnings)
                     _fail_on_warnings(source, plan.warnings)
+                if options.rules.pixels:
+                    plan = replace(plan, expected_bytes=expect_bytes(work, plan, options.workers))
             except UserError as error:
                 if error.exit_code == UserError.exit_code:  # the input is invalid, so there is nothing to resume
                     work.remove()
@@ -214,6 +217,7 @@ def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
         folders=folder_times(found.splits, source.absolute(), work.out.absolute()),
         source_files=found.files,
         files=files,
+        libraries=library_versions(options.rules),
     )
 
 
@@ -230,7 +234,9 @@ def _check_same_options(out: Path, saved: dict[str, Any] | None, options: Option
     requested, used = options.changing_bytes, saved or {}
     if used != requested:
         differing = ", ".join(
-            f"{name} was {used.get(name)}, now {value}" for name, value in requested.items() if used.get(name) != value
+            f"{name} was {used.get(name)}, now {requested.get(name)}"
+            for name in {**requested, **used}
+            if used.get(name) != requested.get(name)
         )
         raise UserError(
             f"{out}: contains a conversion with other options ({differing}); use the same options, specify another "
@@ -268,6 +274,7 @@ def _check_plan(work: WorkFolder, plan: ConversionPlan, source: Path | None, lay
             f"{work.out}: contains a conversion that was started by {plan.tool}, but this is {tool_version()}; resume "
             f"it with {plan.tool}, or remove the folder"
         )
+    plan.check_libraries(work.out)
     work.check_listing(plan)
     work.reject_foreign_files(published_names(work, plan))
 

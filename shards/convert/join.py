@@ -77,16 +77,21 @@ def join(
         )
     rejects_hash = write_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
     kept = {split: _drop_empty(work, split, done) for split in plan.shards}
-    betons = write_betons(work, kept, plan.beton, workers) if plan.beton else {}
+    betons = write_betons(work, kept, plan.beton, workers, pixels=plan.rules.pixels) if plan.beton else {}
     manifest = Manifest(
         classes=plan.classes,
-        splits={split: _join_split(work, split, kept[split], done, betons.get(split)) for split in plan.shards},
+        splits={
+            split: _join_split(work, split, kept[split], done, betons.get(split), pixels=plan.rules.pixels)
+            for split in plan.shards
+        },
         made={
             "tool": tool_version(),
             "source": plan.layout,
             "source_digest": plan.digest,
             "shuffled": True,
             "options": plan.options,
+            **({"filter": plan.rules.filter} if plan.rules.shrinks else {}),
+            **({"libraries": plan.libraries} if plan.libraries else {}),
             "images": {
                 split: {"repaired": _repaired(done, split), "rejected": count_reasons(rejects, split)}
                 for split in plan.shards
@@ -153,11 +158,14 @@ def _drop_empty(work: WorkFolder, split: str, done: Done) -> list[int]:
     return kept
 
 
-def _join_split(work: WorkFolder, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
+def _join_split(
+    work: WorkFolder, split: str, shards: list[int], done: Done, beton: BetonEntry | None, *, pixels: bool
+) -> SplitEntry:
     """Write the index of the split's tars, and return the split's manifest entry."""
     records = [done[split, shard] for shard in shards]
     samples = sum(record.samples for record in records)
-    if beton is None or work.keeps_tars:
+    has_tars = beton is None or work.keeps_tars
+    if has_tars:
         rows = (work.load_rows(split, shard) for shard in shards)
         index = work.index(split).name
         digest = work.publish_index(index, samples, rows)
@@ -171,7 +179,14 @@ def _join_split(work: WorkFolder, split: str, shards: list[int], done: Done, bet
             ShardEntry(name=beton.name, samples=record.samples, bytes=beton.bytes, hash=segment)
             for record, segment in zip(records, beton.segments, strict=True)
         ]
-    return SplitEntry(samples=samples, shards=tuple(entries), index=index, index_hash=digest, beton=beton)
+    return SplitEntry(
+        samples=samples,
+        shards=tuple(entries),
+        index=index,
+        index_hash=digest,
+        pixels=pixels and has_tars,
+        beton=beton,
+    )
 
 
 def publish_manifest(work: WorkFolder, manifest: Manifest) -> None:

@@ -24,7 +24,7 @@ class Options:
 
     scan: ScanOptions = field(default_factory=ScanOptions)
     shard_bytes: int = 256 * MIB
-    """Maximum size of a shard, in bytes."""
+    """Maximum size of a shard in bytes, if the images are stored as they are in the source."""
     rules: ImageRules = field(default_factory=ImageRules)
     max_rejects: float = MAX_REJECTS
     """Maximum fraction of images that may be rejected."""
@@ -48,5 +48,5 @@ class Options:
             "classes": classes and xxhash.xxh3_64_hexdigest(read_list(classes, "a list of classes").encode()),
             "format": self.format,
             "beton": None if self.format == "tar" else asdict(self.beton),
-            **asdict(self.rules),
+            **{name: value for name, value in asdict(self.rules).items() if value is not False},
         }

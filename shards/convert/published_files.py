@@ -14,7 +14,7 @@ from shards.convert.records import Published, hash_file, load_record, save_recor
 from shards.errors import UserError
 from shards.files.durable import durable_write, sync_folder
 from shards.format.index import Index, write_index
-from shards.format.tar import BLOCK, END, header
+from shards.format.tar import BLOCK, END, header, key_of
 
 _PUBLISHED = TypeAdapter(Published)
 
@@ -102,7 +102,7 @@ def is_tar_of(path: Path, keys: set[str]) -> bool:
     size = head[124:135]
     if not name:
         return path.stat().st_size == len(END) and head == bytes(BLOCK)  # a shard whose images were all rejected
-    return name.removesuffix(".jpg") in keys and size.isdigit() and head == header(name, int(size, 8))
+    return key_of(name) in keys and size.isdigit() and head == header(name, int(size, 8))
 
 
 def is_index_of(path: Path, keys: set[str]) -> bool:
@@ -111,7 +111,7 @@ def is_index_of(path: Path, keys: set[str]) -> bool:
         first, second = (file.readline(2 * BLOCK).decode("latin-1").split() for _ in range(2))
     if first == ["v1.2", "0"]:
         return True
-    return first[:1] == ["v1.2"] and len(second) == 8 and second[3].removesuffix(".jpg") in keys
+    return first[:1] == ["v1.2"] and len(second) == 8 and key_of(second[3]) in keys
 
 
 def mode_of(path: Path) -> int:

@@ -31,8 +31,8 @@ class SegmentJob:
     shard: int
     offsets: NDArray[np.int64]
     """int64 [samples of the shard]: offset of each image in the file."""
-    raw: NDArray[np.bool_]
-    """bool [samples of the shard]: stored as pixels instead of JPEG."""
+    decode: NDArray[np.bool_]
+    """bool [samples of the shard]: a JPEG in the tar that is stored as pixels."""
     start: int
     """Offset of the segment."""
     stop: int
@@ -40,7 +40,7 @@ class SegmentJob:
 
 
 def write_betons(
-    work: WorkFolder, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
+    work: WorkFolder, shards: dict[str, list[int]], options: BetonOptions, workers: int | None, *, pixels: bool = False
 ) -> dict[str, BetonEntry]:
     """Write SPLIT.beton and its index for each split, or resume after an interruption.
 
@@ -48,6 +48,7 @@ def write_betons(
 
     Args:
         shards: split -> numbers of its shards with images.
+        pixels: whether the tars store pixels instead of JPEGs.
 
     Returns:
         Split -> its manifest entry.
@@ -60,7 +61,7 @@ def write_betons(
     for split, content in unpublished.items():
         with work.unfinished_beton(split).open("ab") as file:
             file.truncate(content.layout.total)
-        jobs = _jobs(work, split, shards[split], content)
+        jobs = _jobs(work, split, shards[split], content, pixels=pixels)
         todo += [job for job in jobs if not work.is_segment_done(split, job.shard)]
     with Progress("writing .beton", sum(len(job.offsets) for job in todo)) as progress:
         run_jobs(write_segment, todo, workers, progress)
@@ -111,12 +112,15 @@ def _compute_content(work: WorkFolder, split: str, shards: list[int], options: B
     return _BetonContent(index, compute_layout(index, options))
 
 
-def _jobs(work: WorkFolder, split: str, shards: list[int], content: _BetonContent) -> Iterator[SegmentJob]:
+def _jobs(
+    work: WorkFolder, split: str, shards: list[int], content: _BetonContent, *, pixels: bool
+) -> Iterator[SegmentJob]:
     layout = content.layout
+    decode = layout.raw & (not pixels)
     for number, shard in enumerate(shards):
         mine = content.index["shard"] == number
         start, stop = int(layout.starts[number]), int(layout.starts[number + 1])
-        yield SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop)
+        yield SegmentJob(work, split, shard, layout.offsets[mine], decode[mine], start, stop)
 
 
 def _publish(work: WorkFolder, split: str, content: _BetonContent) -> None:
@@ -151,14 +155,14 @@ def write_segment(job: SegmentJob, report: Report) -> None:
             write_all(target, content)
             at += len(content)
 
-        for row, offset, raw in zip(rows, job.offsets.tolist(), job.raw.tolist(), strict=True):
+        for row, offset, decode in zip(rows, job.offsets.tolist(), job.decode.tolist(), strict=True):
             data = os.pread(source.fileno(), int(row["size"]), int(row["offset"]))
             report(1, len(data))
             if xxhash.xxh3_64_intdigest(data) != row["hash"]:
                 raise ConversionFailed(
                     f"{tar}: damaged since it was written; remove it and run the same command to write it again"
                 )
-            if raw:
+            if decode:
                 data = simplejpeg.decode_jpeg(data, "RGB").tobytes()
             write(bytes(offset - at))
             write(data)

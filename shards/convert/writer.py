@@ -20,6 +20,7 @@ from shards.format.index import INDEX_DTYPE
 from shards.format.tar import SampleTar, dali_index
 from shards.images.accept import accept
 from shards.images.limits import MAX_ENCODED
+from shards.images.ppm import ppm_header
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.open_files import open_file_budget
 from shards.redact import display_name, one_line
@@ -63,7 +64,8 @@ def write_shard(job: ShardJob, report: Report) -> None:
                 except Rejected as error:
                     rejected.append((display_name(entry.name), one_line(str(error))))
                 else:
-                    offset = tar.add(entry.key, image.data, entry.label)
+                    ppm = ppm_header(image.height, image.width) if job.rules.pixels else b""
+                    offset = tar.add(entry.key, image.data, entry.label, ppm)
                     rows[samples] = index_row(image, entry.label, offset, job.shard)
                     repaired.update([image.repair] if image.repair else [])
                     blank += image.blank
@@ -98,8 +100,11 @@ class ContainerReader:
         self._open: dict[Container, int] = {}
         self.rewritten = 0
 
-    def read(self, entry: Entry) -> bytes:
+    def read(self, entry: Entry, most: int = MAX_ENCODED) -> bytes:
         """Return the encoded image.
+
+        Args:
+            most: number of bytes to read, from the start of the image.
 
         Raises:
             Rejected: the file is a dangling symbolic link, or too large for an image.
@@ -108,19 +113,20 @@ class ContainerReader:
         """
         if entry.size > MAX_ENCODED:
             raise Rejected(f"{entry.size:,} bytes, more than the {MAX_ENCODED:,} bytes that are allowed")
+        size = min(entry.size, most)
         try:
-            data = self._read_file(entry) if entry.offset is None else self._read_range(entry)
+            data = self._read_file(entry, size) if entry.offset is None else self._read_range(entry, size)
         except FileNotFoundError as error:
             raise _source_changed(entry, "existed when the source was listed, but no longer does") from error
         except NotRegular as error:
             raise _source_changed(entry, f"was a regular file when the source was listed, now {error.kind}") from error
         except OSError as error:
             raise storage_error(entry.path, error) from error
-        if len(data) != entry.size:
+        if len(data) != size:
             raise _source_changed(entry, f"had {entry.size} bytes when the source was listed, now {len(data)}")
         return data
 
-    def _read_file(self, entry: Entry) -> bytes:
+    def _read_file(self, entry: Entry, size: int) -> bytes:
         path = os.fsencode(entry.container.path) + entry.name[entry.name.rfind(b"/") :]
         try:
             handle, status = open_with_status(path)
@@ -136,11 +142,11 @@ class ContainerReader:
             if status.st_size != entry.size:
                 raise _source_changed(entry, f"had {entry.size} bytes when the source was listed, now {status.st_size}")
             self.rewritten += int(status.st_mtime) != entry.mtime
-            return read_up_to(handle, entry.size) if entry.size else b""  # files in /proc have content but size 0
+            return read_up_to(handle, size) if size else b""  # files in /proc have content but size 0
         finally:
             os.close(handle)
 
-    def _read_range(self, entry: Entry) -> bytes:
+    def _read_range(self, entry: Entry, size: int) -> bytes:
         assert entry.offset is not None
         handle = self._open.pop(entry.container, None)
         if handle is None:
@@ -156,7 +162,7 @@ class ContainerReader:
             if len(self._open) >= self._limit:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[entry.container] = handle
-        return os.pread(handle, entry.size, entry.offset)
+        return os.pread(handle, size, entry.offset)
 
     def __enter__(self) -> ContainerReader:
         return self

@@ -139,7 +139,7 @@ class ShardSet:
             sizes=np.array([stored.bytes if stored else shard.bytes for shard in split.shards], np.int64),
             classes=len(self.complete_manifest.classes),
             in_one_file=stored is not None,
-            pixels=stored is not None and stored.mode == "raw",
+            pixels=stored.mode == "raw" if stored else split.pixels,
         )
         return index
 

@@ -22,7 +22,7 @@ from shards.images.limits import MAX_ENCODED, MAX_PIXELS, MAX_SIDE
 
 INDEX_DTYPE = np.dtype(
     [
-        ("offset", "<u8"),  # offset of the image's first byte in the file of its shard
+        ("offset", "<u8"),  # offset of the image's first byte in the file of its shard (pixels: of the first pixel)
         ("hash", "<u8"),  # xxh3-64 of the stored bytes
         ("shard", "<u4"),  # position of the shard in the split's list in the manifest
         ("size", "<u4"),  # number of stored bytes

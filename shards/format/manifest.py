@@ -51,6 +51,9 @@ class Manifest:
     def dumps(self) -> str:
         """Return the text of the file, including a hash of its other content."""
         content = {"format": FORMAT, **asdict(self)}
+        for split in content["splits"].values():
+            if not split["pixels"]:  # omitted, so that programs that only know sets of JPEGs can read those
+                del split["pixels"]
         content["hash"] = content_hash(content)
         return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 

@@ -80,6 +80,8 @@ class SplitEntry:
     """File name of the index, in the folder of the manifest."""
     index_hash: Digest
     """xxh3-64 of the index file, 16 hex digits."""
+    pixels: bool = False
+    """Whether the images in the tars are pixels (KEY.ppm) instead of JPEGs (KEY.jpg)."""
     beton: BetonEntry | None = None
     """FFCV file with the same samples in the same order, if one was written."""
 
@@ -126,6 +128,10 @@ class Provenance(TypedDict, total=False):
     """Split -> mean number of consecutive samples with the same label, if this project did not shuffle the samples."""
     options: Annotated[dict[Text, Scalar | dict[Text, Scalar]], FailFast()]
     """Options that affect the bytes of the set."""
+    filter: Text
+    """Antialiasing filter with which images were shrunk."""
+    libraries: Annotated[dict[Text, Text], FailFast()]
+    """Libraries that decoded, shrunk and encoded the images -> their versions."""
     images: Annotated[dict[FileName, ImageCounts], FailFast()]
     """Split -> numbers of re-encoded and rejected images."""
     unused: Annotated[list[UnusedRecord], FailFast()]

@@ -44,7 +44,7 @@ def member_bytes(size: Size) -> Size:
 
 
 class SampleTar:
-    """Writes samples (KEY.jpg, KEY.cls) to an open file and computes its hash.
+    """Writes samples (KEY.jpg or KEY.ppm, and KEY.cls) to an open file and computes its hash.
 
     Attributes:
         bytes: number of bytes written so far.
@@ -57,15 +57,20 @@ class SampleTar:
         self.bytes = 0
         self.index_lines: list[str] = []
 
-    def add(self, key: str, image: bytes, label: int) -> int:
-        """Append a sample; return the offset of the image's first byte."""
+    def add(self, key: str, image: bytes, label: int, ppm: bytes = b"") -> int:
+        """Append a sample; return the offset of the first byte of `image`.
+
+        Args:
+            image: a JPEG, or pixels.
+            ppm: header of a PPM, which makes a PPM of pixels. Empty: `image` is a JPEG.
+        """
         text = b"%d" % label
-        image_name, label_name = f"{key}.jpg", f"{key}.cls"
-        image_at = self.bytes + BLOCK
-        label_part = padding(len(image)) + header(label_name, len(text)) + text + padding(len(text))
-        self._write([header(image_name, len(image)), image, label_part])
-        self.index_lines.append(index_line(key, image_at, len(image), len(text)))
-        return image_at
+        suffix, size = image_suffix(pixels=bool(ppm)), len(ppm) + len(image)
+        member_at = self.bytes + BLOCK
+        label_part = padding(size) + header(f"{key}.cls", len(text)) + text + padding(len(text))
+        self._write([header(f"{key}.{suffix}", size), ppm, image, label_part])
+        self.index_lines.append(index_line(key, suffix, member_at, size, len(text)))
+        return member_at + len(ppm)
 
     def finish(self) -> str:
         """Write the end-of-archive blocks; return the xxh3-64 of the whole file as 16 hex digits."""
@@ -79,10 +84,20 @@ class SampleTar:
             self.bytes += len(part)
 
 
-def index_line(key: str, image_at: int, image_size: int, label_size: int) -> str:
-    """Return a sample's line of the DALI index."""
+def image_suffix(*, pixels: bool) -> str:
+    """Return the suffix of the images in a tar."""
+    return "ppm" if pixels else "jpg"
+
+
+def key_of(name: str) -> str:
+    """Return the key of a sample from the name of its image in a tar."""
+    return name.removesuffix(".jpg").removesuffix(".ppm")
+
+
+def index_line(key: str, suffix: str, image_at: int, image_size: int, label_size: int) -> str:
+    """Return a sample's line of the DALI index, for an image file of `image_size` bytes at `image_at`."""
     label_at = image_at - BLOCK + int(member_bytes(np.int64(image_size))) + BLOCK
-    return f"jpg {image_at} {image_size} {key}.jpg cls {label_at} {label_size} {key}.cls"
+    return f"{suffix} {image_at} {image_size} {key}.{suffix} cls {label_at} {label_size} {key}.cls"
 
 
 def dali_index(lines: list[str]) -> bytes:

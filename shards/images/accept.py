@@ -5,6 +5,8 @@
 2. Any other image that decodes is re-encoded as a standard JPEG of high quality.
 3. An image that does not decode, or that exceeds a limit of `shards.images.limits`, is rejected.
 
+With `ImageRules.pixels`, the pixels of the images of 1 and 2 are stored instead of JPEGs.
+
 The EXIF orientation is recorded but not applied. Only the first frame of an animation is used. `shards.images.pixels`
 converts pixels that are not 8-bit grayscale or RGB.
 """
@@ -42,27 +44,24 @@ from shards.images.jpeg import (
 )
 from shards.images.limits import MAX_ENCODED, MAX_PIXELS, MAX_SCAN_PIXELS, MAX_SCANS, MAX_SEGMENTS
 from shards.images.optional_formats import load_optional_decoder
-from shards.images.pixels import BAND_PIXELS, Pixels, profile_of, to_8bit, to_srgb
+from shards.images.pixels import Pixels, is_blank, profile_of, to_8bit, to_srgb
 from shards.images.rules import Accepted, ImageRules, Rejected
+from shards.images.shrink import shrink, target_size
 from shards.images.tiff import has_second_page
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one thread suffices, because there is one worker per core
 REPAIR_QUALITY = 95
 _BYTES_LEFT = re.compile(r" \(\d+ bytes not processed\)")
 _ORIENTATION_TAG = 0x0112
-_FILTER = Image.Resampling.HAMMING  # antialiasing filter for shrinking: as fast as bilinear, as sharp as bicubic
 
 # The entire stream is entropy-decoded, which detects damage. Reconstructing only every eighth pixel of the luminance
 # avoids most of the remaining work.
 _CHECK = {"colorspace": "GRAY", "min_height": 1, "min_width": 1, "min_factor": 8}
-_BLANK_PIXELS = 16  # minimum pixels, after reduction by 8 per side, to decide whether an image is blank
-_BLACK = 20  # largest value (0 to 255) in a nearly black image
-_ONE_COLOR = 3  # largest range of values (0 to 255) in an image of a single color
 _SCALES = (8, 4, 2)  # integer factors of libjpeg's scaled decoding
 
 
 def accept(data: bytes, rules: ImageRules) -> Accepted:
-    """Return the JPEG to store for one encoded image.
+    """Return what to store for one encoded image.
 
     Raises:
         Rejected: the image cannot be used.
@@ -77,7 +76,7 @@ def accept(data: bytes, rules: ImageRules) -> Accepted:
         raise Rejected(f"JPEG with {error}") from error
     except NotAJpeg as error:
         return _reencode(data, rules, 1, f"damaged JPEG: {error}" if data[:2] == b"\xff\xd8" else "not a JPEG")
-    target = _target_size(header.width, header.height, rules)
+    target = target_size(header.width, header.height, rules)
     if header.is_standard and target is not None and header.width * header.height > MAX_PIXELS:
         return _shrink_giant(data, rules, header, target)
     check_extent(header.width, header.height, shrinks=target is not None)
@@ -95,6 +94,23 @@ def accept(data: bytes, rules: ImageRules) -> Accepted:
     return _reencode(data, rules, header.orientation, fault)
 
 
+def stored_size(data: bytes, rules: ImageRules) -> tuple[int, int] | None:
+    """Return the (width, height) with which an image will be stored, from its header; None if it has no valid header.
+
+    TIFFs may be stored with their sides exchanged.
+    """
+    try:
+        header = parse_header(data)
+        size = header.width, header.height
+    except NotAJpeg:
+        try:
+            with _decoding(), _open(data, rules) as opened:
+                size = opened.size
+        except Rejected:
+            return None
+    return target_size(*size, rules) or size
+
+
 def exceeded_limit(data: bytes) -> str | None:
     """Return the limit that a JPEG of a shard set exceeds according to its header; None if there is none."""
     try:
@@ -106,18 +122,20 @@ def exceeded_limit(data: bytes) -> str | None:
 
 
 def _keep_or_shrink(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
-    """Return a standard JPEG unchanged, or shrunk if the rules require it.
+    """Return a standard JPEG unchanged, or its pixels or a shrunk JPEG if the rules require it.
 
     Raises:
         ValueError: the decoder reports an error or a warning.
     """
-    target = _target_size(header.width, header.height, rules)
-    if target is None:
+    target = target_size(header.width, header.height, rules)
+    if target is None and not rules.pixels:
         if rules.check == "decode":
-            blank = _is_blank(simplejpeg.decode_jpeg(data, strict=True, **_CHECK))
+            blank = is_blank(simplejpeg.decode_jpeg(data, strict=True, **_CHECK))
             return Accepted(data, header.height, header.width, header.orientation, blank=blank)
         return Accepted(data, header.height, header.width, header.orientation)
     pixels = simplejpeg.decode_jpeg(data, "GRAY" if header.components == 1 else "RGB", strict=True)
+    if target is None:
+        return _encode(pixels, rules, header.orientation, None)
     return _encode_shrunk(data, pixels, header, target, rules)
 
 
@@ -153,11 +171,11 @@ def _is_large_enough(side: int, wanted: int, scale: int) -> bool:
 def _encode_shrunk(
     data: bytes, pixels: Pixels, header: JpegHeader, target: tuple[int, int], rules: ImageRules
 ) -> Accepted:
-    shrunk = _shrink(pixels, target)
+    shrunk = shrink(pixels, target, rules)
     if header.components == 3 and has_profile(data, header):  # the shrunk JPEG is stored without a profile
         with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
             shrunk = to_srgb(shrunk, profile_of(opened))
-    return _encode(shrunk, rules.quality, "420", header.orientation, None)
+    return _encode(shrunk, rules, header.orientation, None, shrunk=True)
 
 
 def _without_numbers(warning: str) -> str:
@@ -166,12 +184,10 @@ def _without_numbers(warning: str) -> str:
 
 
 def _reencode(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Accepted:
-    """Decode an image with Pillow and encode it as a standard JPEG."""
+    """Decode an image with Pillow and encode it as a standard JPEG, or return its pixels."""
     with _decoding():
-        check_before_opening(data, shrinks=rules.shrinks)
-        other = load_optional_decoder(data)
-        opened = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS if other is None else [other])
-        check_before_decoding(opened, data, shrinks=_target_size(*opened.size, rules) is not None)
+        opened = _open(data, rules)
+        check_before_decoding(opened, data, shrinks=target_size(*opened.size, rules) is not None)
         opened.load()
         if opened.format not in ("JPEG", "MPO"):
             # Read the orientation after loading: Pillow applies a TIFF's orientation to its pixels and removes the tag.
@@ -181,43 +197,31 @@ def _reencode(data: bytes, rules: ImageRules, orientation: int, fault: str) -> A
         fault = ": ".join([fault, *notes])
         del opened  # frees Pillow's pixels, which may need more memory than the converted pixels
     height, width = pixels.shape[:2]
-    target = _target_size(width, height, rules)
+    target = target_size(width, height, rules)
     if target is not None:
-        return _encode(_shrink(pixels, target), rules.quality, "420", orientation, fault)
+        return _encode(shrink(pixels, target, rules), rules, orientation, fault, shrunk=True)
     check_extent(width, height)
-    return _encode(pixels, REPAIR_QUALITY, "444", orientation, fault)
+    return _encode(pixels, rules, orientation, fault)
 
 
-def _shrink(pixels: Pixels, target: tuple[int, int]) -> Pixels:
-    """Resize pixels with antialiasing: uint8 [H, W, 1 or 3] to the (width, height) of `target`.
-
-    Pillow resizes along rows, rounds to integers, and then resizes along columns. Resizing a large image in bands
-    therefore gives the same pixels and needs fewer copies.
-    """
-    (height, width, channels), (new_width, new_height) = pixels.shape, target
-    if height * width <= BAND_PIXELS:
-        return _resize(pixels, target)
-    narrow = np.empty((height, new_width, channels), np.uint8)
-    rows = max(1, BAND_PIXELS // width)
-    for top in range(0, height, rows):
-        band = pixels[top : top + rows]
-        narrow[top : top + rows] = _resize(band, (new_width, len(band)))
-    shrunk = np.empty((new_height, new_width, channels), np.uint8)
-    columns = max(1, BAND_PIXELS // height)
-    for left in range(0, new_width, columns):
-        strip = np.ascontiguousarray(narrow[:, left : left + columns])
-        shrunk[:, left : left + columns] = _resize(strip, (strip.shape[1], new_height))
-    return shrunk
+def _open(data: bytes, rules: ImageRules) -> Image.Image:
+    """Open an image with Pillow, which reads its header only."""
+    check_before_opening(data, shrinks=rules.shrinks)
+    other = load_optional_decoder(data)
+    return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS if other is None else [other])
 
 
-def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:
-    gray = pixels.shape[2] == 1
-    resized = np.asarray(Image.fromarray(pixels[:, :, 0] if gray else pixels).resize(target, _FILTER))
-    return resized[:, :, None] if gray else resized
-
-
-def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, repair: str | None) -> Accepted:
+def _encode(
+    pixels: Pixels, rules: ImageRules, orientation: int, repair: str | None, *, shrunk: bool = False
+) -> Accepted:
+    """Return the JPEG, or the RGB pixels, of uint8 [H, W, 1 or 3]."""
     height, width, channels = pixels.shape
+    blank = is_blank(pixels[::8, ::8])
+    if rules.pixels:
+        rgb = pixels if channels == 3 else np.repeat(pixels, 3, axis=2)
+        return Accepted(rgb.tobytes(), height, width, orientation, repair, blank)
+    # Shrunk images get the chroma subsampling of nearly all photos: 4:4:4 takes 23 % more bytes.
+    quality, subsampling = (rules.quality, "420") if shrunk else (REPAIR_QUALITY, "444")
     if channels == 1:
         data = simplejpeg.encode_jpeg(pixels, quality, "GRAY", "Gray")
     else:
@@ -226,18 +230,7 @@ def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, re
         exif = Image.Exif()
         exif[_ORIENTATION_TAG] = orientation
         data = with_segment(data, EXIF_SEGMENT, exif.tobytes())
-    return Accepted(data, height, width, orientation, repair, _is_blank(pixels[::8, ::8]))
-
-
-def _is_blank(pixels: Pixels) -> bool:
-    """Return whether an image is nearly black or of a single color, given every eighth pixel along each side.
-
-    Very small images have too few such pixels to decide, so they are never considered blank.
-    """
-    if pixels.shape[0] * pixels.shape[1] < _BLANK_PIXELS:
-        return False
-    highest = pixels.max(axis=(0, 1)).astype(np.int64)
-    return bool(highest.max() <= _BLACK or np.all(highest - pixels.min(axis=(0, 1)) <= _ONE_COLOR))
+    return Accepted(data, height, width, orientation, repair, blank)
 
 
 @contextmanager
@@ -284,15 +277,3 @@ def _check_scans(data: bytes, header: JpegHeader) -> bool:
     if scans > most:
         raise Rejected(f"JPEG with more than {most} scans of {header.width}x{header.height} pixels")
     return scans > MAX_SCANS
-
-
-def _target_size(width: int, height: int, rules: ImageRules) -> tuple[int, int] | None:
-    """Return the width and height after shrinking; None if the image is not shrunk."""
-    scale = 1.0
-    if rules.max_side is not None:
-        scale = min(scale, rules.max_side / max(width, height))
-    if rules.short_side is not None:
-        scale = min(scale, rules.short_side / min(width, height))
-    if scale == 1.0:
-        return None
-    return max(1, round(width * scale)), max(1, round(height * scale))

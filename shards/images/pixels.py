@@ -25,6 +25,10 @@ Pixels = NDArray[np.uint8]
 
 BAND_PIXELS = 2**20  # pixels converted at a time, to avoid a second copy of a large image
 
+_BLANK_PIXELS = 16  # minimum pixels, after reduction by 8 per side, to decide whether an image is blank
+_BLACK = 20  # largest value (0 to 255) in a nearly black image
+_ONE_COLOR = 3  # largest range of values (0 to 255) in an image of a single color
+
 _DEEP_BYTES = 14  # bytes of memory per pixel: 16-bit RGB decoded twice, and the result
 _OPPOSITE_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of byte orders; N is native
 
@@ -53,6 +57,17 @@ def to_8bit(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
     convert, notes = _profile_transform(image)
     notes += [f"upper 8 of {fmt.stored} bits kept"] if fmt.stored > 8 else []
     return _converted(image, lambda band: _convert_band(band, convert)), notes
+
+
+def is_blank(pixels: Pixels) -> bool:
+    """Return whether an image is nearly black or of a single color, given every eighth pixel along each side.
+
+    Very small images have too few such pixels to decide, so they are never considered blank.
+    """
+    if pixels.shape[0] * pixels.shape[1] < _BLANK_PIXELS:
+        return False
+    highest = pixels.max(axis=(0, 1)).astype(np.int64)
+    return bool(highest.max() <= _BLACK or np.all(highest - pixels.min(axis=(0, 1)) <= _ONE_COLOR))
 
 
 def profile_of(image: Image.Image) -> bytes | None:

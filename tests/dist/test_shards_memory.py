@@ -22,7 +22,7 @@ LISTING = f"""
 import re, sys
 from pathlib import Path
 from shards.sources.listing import Container, Listing, ListingBuilder
-from shards.convert.shard_assignment import assign_to_shards
+from shards.convert.conversion_plan import assign_to_shards
 builder = ListingBuilder()
 for c in range({CLASSES}):
     folder = Path(f"/data/imagenet/train/n{{c:08d}}")

@@ -28,10 +28,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from shards.commands.index_tars import index_tars
+from shards.convert.conversion_plan import assign_to_shards
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.convert.parts import ConversionPart
-from shards.convert.shard_assignment import assign_to_shards
 from shards.convert.work_folder import WorkFolder
 from shards.convert.writer import ContainerReader
 from shards.errors import UserError

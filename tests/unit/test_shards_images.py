@@ -285,7 +285,7 @@ def test_conversion_in_bands_gives_the_same_pixels(monkeypatch: pytest.MonkeyPat
     rules = [ImageRules(max_side=side) for side in (1, 17, 99, 159)]
     images = [*(REENCODED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
     shrunk = [accept(data, rule).data for data in images for rule in rules]
-    for module in ("accept", "pixels"):
+    for module in ("shrink", "pixels"):
         monkeypatch.setattr(f"shards.images.{module}.BAND_PIXELS", 1000)
     assert [accept(REENCODED[name], RULES).data for name in names] == whole
     assert [accept(data, rule).data for data in images for rule in rules] == shrunk

@@ -143,7 +143,7 @@ def test_index_rejects_an_unfinished_conversion(source: Path, tmp_path: Path) ->
 
 def test_index_fails_if_a_tar_is_modified_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tars(tmp_path)
-    from shards.commands import index_tars as module
+    from shards.commands import index_tar as module
 
     read = module._read_image
 
