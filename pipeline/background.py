@@ -28,6 +28,7 @@ from pipeline.prefetch import Prefetcher
 from pipeline.stage_trace import StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
+from pipeline.storage.placement import stored_pixels
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
@@ -60,6 +61,7 @@ class BackgroundLoader(ABC):
         options = resolve_hw_decoder_load(options, device) if self._loader == "dali" else options
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
         self._settings = options.settings
+        self._pixels = stored_pixels(dataset.split(split), beton=self._loader == "ffcv")
         self.rank, self.world = rank, world
         self.stage_trace = StageTrace()
         """Records the loader's stages and queues between its `start` and `stop`."""
@@ -99,8 +101,11 @@ class BackgroundLoader(ABC):
         if loader == "synthetic":
             return {"loader": "synthetic"}
         where = f"the GPU, {describe_jpeg_decoder(settings.hw_decoder_load)}" if cuda else "CPUs"
+        described = f"{loader} on {where if loader == 'dali' else 'CPUs'}"
+        if loader == "dali" and self._pixels == "all":
+            described = f"stored pixels, resized on {'the GPU' if cuda else 'CPUs'}"
         return {
-            "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
+            "loader": described,
             "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",
             "feed": "separate process" if self._use_feed_process else "threads of the training process",
             "batches ahead": f"{settings.read_ahead} read, {settings.decode_ahead} in decoding, {settings.ready} ready",
@@ -211,6 +216,7 @@ class BackgroundLoader(ABC):
             evaluation=evaluation,
             normalisation=normalisation,
             trace=self.stage_trace,
+            pixels=self._pixels,
         )
         decoded = decoder.decode((each.job, each) for each in prepared)
         try:

@@ -80,8 +80,9 @@ class LoaderOptions:
     on the decoder (`loader`, `hw_decoder_load`), because decoders round differently."""
 
     loader: LoaderName = "auto"
-    """Decoder. auto: dali if the set has tar shards, ffcv if it has only a .beton file. synthetic: the same random
-    images in every batch, already on the device, to measure the speed of a model without input."""
+    """Decoder. auto: ffcv if the set has only .beton files with JPEGs, else dali. Images that are stored as pixels are
+    only cropped and resized, which needs neither. synthetic: the same random images in every batch, already on the
+    device, to measure the speed of a model without input."""
     bad_samples: str = "raise"
     """Handling of samples whose bytes are damaged or missing. raise: stop the run. skip:N: use a replacement sample (in
     an evaluation, omit the sample) for up to N bad samples per rank."""

@@ -7,18 +7,20 @@ from typing import Literal
 import torch
 
 from pipeline.decode.job import Decoder, Normalisation
+from pipeline.decode.pixels import PixelsDecoder, SplitBatchDecoder
 from pipeline.options import LoaderOptions
 from pipeline.stage_trace import StageTrace
+from pipeline.storage.placement import StoredPixels, stored_pixels
 from shards.format.manifest_fields import SplitEntry
 
 ResolvedLoader = Literal["dali", "ffcv", "synthetic"]
 
 
 def resolve_loader(options: LoaderOptions, split: SplitEntry) -> ResolvedLoader:
-    """Return the loader of a split. `auto` is dali if the split has tars, ffcv if it has only a .beton."""
+    """Return the loader of a split. `auto` is ffcv if the split has only a .beton with JPEGs, else dali."""
     if options.loader != "auto":
         return options.loader
-    return "dali" if split.tars else "ffcv"
+    return "dali" if split.tars or stored_pixels(split, beton=False) == "all" else "ffcv"
 
 
 def make_decoder(
@@ -30,6 +32,7 @@ def make_decoder(
     evaluation: bool,
     normalisation: Normalisation | None,
     trace: StageTrace,
+    pixels: StoredPixels = "none",
 ) -> Decoder:
     """Create a decoder. Only the library that it uses is imported.
 
@@ -41,6 +44,7 @@ def make_decoder(
         evaluation: whether the jobs have regions (`DecodeJob.region`).
         normalisation: normalisation for the decoder to apply. None: return uint8.
         trace: records the decoder's work.
+        pixels: which samples arrive as pixels instead of JPEGs.
 
     Raises:
         UserError: the library is not installed.
@@ -51,15 +55,31 @@ def make_decoder(
         from pipeline.decode.ffcv import FfcvDecoder
 
         return FfcvDecoder(device=device, threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
+    on_cpu = device.type == "cpu"
+    if on_cpu and pixels == "all":
+        return PixelsDecoder(threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
     from pipeline.decode.dali import DaliDecoder
+    from pipeline.decode.dali_pixels import DaliPixelsDecoder
 
-    return DaliDecoder(
-        batch=batch,
-        device=device,
-        threads=threads,
-        ahead=ahead,
-        evaluation=evaluation,
-        normalisation=normalisation,
-        settings=settings,
-        trace=trace,
+    def dali(decoder: type[DaliDecoder]) -> DaliDecoder:
+        return decoder(
+            batch=batch,
+            device=device,
+            threads=threads,
+            ahead=ahead,
+            evaluation=evaluation,
+            normalisation=normalisation,
+            settings=settings,
+            trace=trace,
+        )
+
+    if pixels == "none":
+        return dali(DaliDecoder)
+    if pixels == "all":
+        return dali(DaliPixelsDecoder)
+    on_device = (
+        PixelsDecoder(threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
+        if on_cpu
+        else dali(DaliPixelsDecoder)
     )
+    return SplitBatchDecoder(on_device, dali(DaliDecoder), device)

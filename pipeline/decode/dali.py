@@ -117,14 +117,17 @@ class DaliDecoder:
         flip = np.zeros(n, np.bool_) if job.flip is None else job.flip
         return (*inputs, flip.astype(np.int32).reshape(n, 1))
 
-    def _build(self, source: Iterator[tuple[Any, ...]]) -> Pipeline:
-        pipeline = Pipeline(
+    def _empty_pipeline(self) -> Pipeline:
+        return Pipeline(
             batch_size=self.batch,
             num_threads=self.threads,
             device_id=(self.device.index or 0) if self._on_gpu else None,
             prefetch_queue_depth=self.ahead,
             seed=0,
         )
+
+    def _build(self, source: Iterator[tuple[Any, ...]]) -> Pipeline:
+        pipeline = self._empty_pipeline()
         with pipeline:
             count = 3 if not self._on_gpu else 6 if self.evaluation else 5
             # Without no_copy, this thread would copy while holding the interpreter lock (2.5 of 3.8 ms for 256 photos).

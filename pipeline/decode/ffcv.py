@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.augment.recipe import scale_and_offset
-from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
+from pipeline.decode.job import IDENTITY, DecodeError, DecodeJob, Normalisation
 from pipeline.stage_trace import WAIT_FOR_DECODE, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
 from shards.errors import UserError
@@ -36,7 +36,6 @@ except (ImportError, OSError) as error:  # OSError: a shared library that FFCV w
 T = TypeVar("T")
 
 IMAGES_PER_TASK = 8
-IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))  # leaves pixel values in 0 to 255
 
 
 @dataclass

@@ -84,6 +84,10 @@ class Normalisation:
     """Standard deviation of red, green and blue, for values in 0 to 1."""
 
 
+IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+"""Leaves pixel values in 0 to 255."""
+
+
 class Decoder(Protocol):
     """Decodes a stream of jobs into a stream of batches, in the same order."""
 

@@ -7,7 +7,7 @@ regions that start or end inside a pixel; such regions (of images with an extrem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -18,7 +18,8 @@ from PIL import Image
 from torch.nn import functional
 
 from pipeline.augment.recipe import scale_and_offset
-from pipeline.decode.job import DecodeJob, Normalisation
+from pipeline.decode.finish import finish
+from pipeline.decode.job import IDENTITY, DecodeJob, Normalisation
 from pipeline.storage.buffer_pool import BufferPool
 
 IMAGES_PER_TASK = 8
@@ -47,25 +48,40 @@ class Resizer:
             windows: the decoded crop window of each image, uint8 [height, width, 3]; may be overwritten after the call.
             job: the job that the windows were decoded for.
         """
-        n, size, normal = len(windows), job.size, self._normalisation
-        heights_widths, corners = job.resized_windows()
-        dtype = torch.uint8 if normal is None else torch.float32
-        scaling = None if normal is None else scale_and_offset(normal.mean, normal.std, size)
+        return self.start(windows, job)()
+
+    def start(self, windows: Sequence[Pixels], job: DecodeJob) -> Callable[[], torch.Tensor]:
+        """Start to resize a batch. Return a function that waits for the result of a call with these arguments.
+
+        The windows must not be overwritten before that function has returned.
+        """
+        n, size = len(windows), job.size
+        heights_widths, corners = map(np.rint, job.resized_windows())
+        whole = _whole(job)
+        targets, flips = np.hstack([heights_widths, corners]).astype(int).tolist(), _flips(job)
+        dtype = torch.uint8 if self._normalisation is None else torch.float32
+        normal = self._normalisation or IDENTITY
+        scale, offset = scale_and_offset(normal.mean, normal.std, size)
         out = self._buffers.empty((n, size, size, 3), dtype)
-        rows = out.numpy()
+        rows = out.numpy().reshape(n, size, size * 3)
 
         def resize_images(start: int) -> None:
             for i in range(start, min(start + IMAGES_PER_TASK, n)):
-                if _whole(heights_widths[i]) and _whole(corners[i]):
-                    pixels = _resize_and_crop(windows[i], np.rint(heights_widths[i]), np.rint(corners[i]), size)
+                if whole[i]:
+                    pixels = _resize_and_crop(windows[i], targets[i], size)
                 else:
                     assert job.region is not None
                     pixels = _resize_region(windows[i], job.region[i], size)
-                _finish(pixels, job.flip is not None and job.flip[i], scaling, rows[i])
+                finish(np.ascontiguousarray(pixels), flips[i], scale, offset, rows[i])
 
-        for _ in self._pool.map(resize_images, range(0, n, IMAGES_PER_TASK)):
-            pass
-        return out
+        tasks = [self._pool.submit(resize_images, start) for start in range(0, n, IMAGES_PER_TASK)]
+
+        def wait() -> torch.Tensor:
+            for task in tasks:
+                task.result()
+            return out
+
+        return wait
 
     def __enter__(self) -> Resizer:
         return self
@@ -74,9 +90,9 @@ class Resizer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _resize_and_crop(window: Pixels, resize: Floats, corner: Floats, size: int) -> Pixels:
-    """Resize the whole window with PyTorch, then crop the output."""
-    (height, width), (top, left) = resize.astype(int).tolist(), corner.astype(int).tolist()
+def _resize_and_crop(window: Pixels, target: list[int], size: int) -> Pixels:
+    """Resize the whole window with PyTorch to (height, width), then crop the output at (top, left)."""
+    height, width, top, left = target
     image = torch.from_numpy(window)[None].permute(0, 3, 1, 2)
     if window.shape[:2] != (height, width):
         image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
@@ -90,30 +106,15 @@ def _resize_region(window: Pixels, region: Floats, size: int) -> Pixels:
     # Rounding errors may move the region's border outside the window.
     box = (x, y, min(x + width, window.shape[1]), min(y + height, window.shape[0]))
     image = Image.fromarray(window).resize((size, size), Image.Resampling.BICUBIC, box)
-    return np.asarray(image)
+    return np.array(image)  # not read-only: compiled functions have one type of array
 
 
-def _finish(
-    pixels: Pixels,
-    flip: bool | np.bool_,
-    scaling: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
-    out: NDArray[np.uint8] | NDArray[np.float32],
-) -> None:
-    """Flip and normalise one image into `out`. `scaling`: scale and offset of one row; None: copy uint8 values."""
-    # NumPy instead of PyTorch, which would start its thread pool for every copy of this size.
-    if flip:
-        flipped = np.empty_like(pixels, order="C")
-        np.copyto(flipped.view("V3"), np.ascontiguousarray(pixels).view("V3")[:, ::-1])
-        pixels = flipped
-    if scaling is None:
-        np.copyto(out, pixels)
-        return
-    values = out.reshape(len(pixels), -1)
-    scale, offset = scaling
-    np.multiply(pixels.reshape(len(pixels), -1), scale, out=values)
-    np.add(values, offset, out=values)
+def _whole(job: DecodeJob) -> list[bool]:
+    """Return for each image whether the size and corner of its resized window are whole numbers, up to rounding."""
+    values = np.hstack(job.resized_windows())
+    whole: list[bool] = (np.abs(values - np.rint(values)).max(axis=1) < 1e-6).tolist()
+    return whole
 
 
-def _whole(values: Floats) -> bool:
-    """Return whether the values are whole numbers, up to rounding errors."""
-    return bool(np.abs(values - np.rint(values)).max() < 1e-6)
+def _flips(job: DecodeJob) -> list[bool]:
+    return [False] * len(job.window) if job.flip is None else job.flip.tolist()

@@ -6,6 +6,7 @@ import dataclasses
 import posixpath
 import tarfile
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,11 @@ from pipeline.storage.remote.staging import StagedFile, whole_file
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
-from shards.format.manifest_fields import BetonEntry
+from shards.format.manifest_fields import BetonEntry, SplitEntry
 from shards.format.tar import BLOCK
+
+StoredPixels = Literal["none", "some", "all"]
+"""Which samples of a split are stored as pixels instead of JPEGs."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,14 @@ class Storage:
         return tar_key(self.files, file, offset) if is_tar else None
 
 
+def stored_pixels(entry: SplitEntry, *, beton: bool) -> StoredPixels:
+    """Return which samples are pixels in the files that `open_storage` opens with the same `beton`."""
+    if entry.beton is None or (entry.tars and not beton):
+        return "none"
+    modes: dict[str, StoredPixels] = {"jpg": "none", "smart": "some", "raw": "all"}
+    return modes[entry.beton.mode]
+
+
 def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int | None = None) -> Storage:
     """Open the files of a split for reading.
 
@@ -79,7 +91,7 @@ def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open
         max_open: maximum number of open files; None: the default of `LocalFiles`.
 
     Raises:
-        ShardSetError: the split does not exist, its index is damaged, or it stores pixels and `beton` is False.
+        ShardSetError: the split does not exist, or its index is damaged.
     """
     entry = dataset.split(split)
     remote = dataset if isinstance(dataset, RemoteSet) else None
@@ -93,10 +105,6 @@ def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open
         return Storage(index, files, pixels=entry.pixels)
     assert entry.beton is not None
     path = dataset.path / entry.beton.name
-    if not beton and entry.beton.mode != "jpg":
-        raise ShardSetError(
-            f"{path}: stores pixels (mode {entry.beton.mode}), which only the FFCV loader can read; use --loader ffcv"
-        )
     # The metadata inside the .beton is not used: the index has the same values and is verified by its hash.
     index = dataset.index(split, beton=True)
     storage = Storage(index, LocalFiles([path]), one_file=True, pixels=entry.beton.mode != "jpg")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import Pipeline, fn
+from nvidia.dali.data_node import DataNode
 from PIL import Image
 
 from pipeline.decode import dali
@@ -39,10 +40,16 @@ def decoded_at_sizes(sizes: list[int], photos: list[Image.Image], *, evaluation:
     # 3 images for a decoder of up to 4, because batches may be smaller than the largest.
     whole: Any = SimpleNamespace(ids=np.arange(3), images=images)
     jobs = [DecodeJob(encoded=whole, window=window, size=size, **job) for size in sizes]
+    return run_graph(DaliDecoder, jobs, evaluation=evaluation)
+
+
+def run_graph(kind: type[DaliDecoder], jobs: list[DecodeJob], *, evaluation: bool) -> list[np.ndarray]:
+    """Run the GPU graph of a decoder on jobs of up to 4 images: uint8 [images, size, size, 3] for each job."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fn.decoders, "image_slice", _image_slice(fn.decoders.image_slice))
         patch.setattr(dali, "Pipeline", lambda device_id, **options: Pipeline(device_id=None, **options))
-        decoder = DaliDecoder(batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
+        patch.setattr(DataNode, "gpu", lambda node: node)
+        decoder = kind(batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
         inputs = [decoder._inputs(each) for each in jobs]
         graph = decoder._build(iter(inputs + inputs[-1:] * 4))  # 4 more, because DALI prefetches
         return [np.array(graph.run()[0].as_tensor()) for _ in jobs]
