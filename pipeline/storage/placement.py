@@ -78,7 +78,7 @@ class Storage:
 def stored_pixels(entry: SplitEntry, *, beton: bool) -> StoredPixels:
     """Return which samples are pixels in the files that `open_storage` opens with the same `beton`."""
     if entry.beton is None or (entry.tars and not beton):
-        return "none"
+        return "all" if entry.pixels else "none"
     modes: dict[str, StoredPixels] = {"jpg": "none", "smart": "some", "raw": "all"}
     return modes[entry.beton.mode]
 

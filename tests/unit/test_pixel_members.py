@@ -10,10 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
+from pipeline.loader import Batch, EvalLoader, TrainLoader
+from pipeline.look import Look
+from pipeline.plan import EvalPlan, TrainPlan
 from pipeline.storage.placement import open_storage
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import SampleReader
@@ -92,6 +98,31 @@ def test_a_batch_of_pixels_has_no_headers(sets: dict[str, Path]) -> None:
     assert [len(image) for image in batch.images] == [3 * int(r["height"]) * int(r["width"]) for r in batch.rows]
     with SampleReader(open_storage(ShardSet(sets["shrunk"]), "train")) as reader:
         assert not reader.read(np.arange(20)).raw.any()
+
+
+def test_training_and_evaluation_images_equal_those_from_jpegs(sets: dict[str, Path]) -> None:
+    png = np.flatnonzero(ShardSet(sets["original"]).index("train")["repaired"])  # its pixels differ from its JPEG
+    recipe, cpu = augment_recipe("light", size=48), torch.device("cpu")
+
+    def batches(name: str) -> tuple[list[Batch], list[Batch]]:
+        dataset = ShardSet(sets[name])
+        plan = TrainPlan(dataset.shard_samples("train"), global_batch=8, seed=1)
+        with TrainLoader(dataset, plan, BatchShape(global_batch=8), recipe, epochs=2, device=cpu) as loader:
+            trained = list(loader.stream())
+        evaluation = EvalPlan(dataset.split("val").samples, batch=8)
+        with EvalLoader(dataset, evaluation, size=48, mean=recipe.mean, std=recipe.std, device=cpu) as loader:
+            return trained, list(loader)
+
+    for found, expected, excluded in zip(batches("pixels"), batches("original"), (png, []), strict=True):
+        for pixels, jpegs in zip(found, expected, strict=True):
+            assert pixels.ids.tolist() == jpegs.ids.tolist()
+            rows = ~np.isin(jpegs.ids, excluded)
+            assert torch.equal(pixels.images[rows], jpegs.images[rows])
+
+
+def test_look_shows_stored_pixels(sets: dict[str, Path], tmp_path: Path) -> None:
+    assert Look(str(sets["shrunk pixels"]), out=tmp_path / "sheet.png", count=4, size=64, diff=True).run() == 0
+    assert Image.open(tmp_path / "sheet.png").height > 128
 
 
 def test_a_damaged_pixel_is_a_bad_sample_with_its_key(sets: dict[str, Path], tmp_path: Path) -> None:
