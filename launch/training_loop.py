@@ -112,7 +112,8 @@ class TrainingLoop:
     def log(self) -> None:
         """Check and log the steps since the last call. Waits for the device."""
         self.metrics.print(*(f"warning: {fact}" for fact in (*self.guards.check(), *self.folder.save_errors())))
-        self.metrics.log_interval(skipped=self.guards.skipped, replaced=self.train_loader.bad_samples)
+        loader = self.train_loader
+        self.metrics.log_interval(skipped=self.guards.skipped, replaced=loader.bad_samples, cache=loader.cache_use)
 
     def save(self) -> None:
         """Start to write a checkpoint."""

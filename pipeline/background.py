@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -17,21 +18,26 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.batch import Batch
+from pipeline.decode.cached import CachedPixels, CacheUse
 from pipeline.decode.choose import make_decoder, resolve_loader
 from pipeline.decode.hardware import describe_jpeg_decoder, resolve_hw_decoder_load
 from pipeline.decode.job import Normalisation
 from pipeline.feed_process.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
+from pipeline.loaders.node_cache import open_node_cache
 from pipeline.loaders.process import resolve_device
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher
 from pipeline.stage_trace import StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
+from pipeline.storage.memory_cache.layout import CacheLayout
+from pipeline.storage.memory_cache.shared_pixels import SharedPixels
 from pipeline.storage.placement import stored_pixels
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
+from shards.memory import GIB
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +48,9 @@ class BackgroundLoader(ABC):
     """Iterator over batches that a background thread prepares, on a separate CUDA stream if the device is a GPU.
 
     Subclasses implement `_batches`.
+
+    Args:
+        caches: whether to use the memory cache, if the options ask for it.
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class BackgroundLoader(ABC):
         seed: int,
         rank: int,
         world: int,
+        caches: bool = False,
     ) -> None:
         device = resolve_device(device)
         self._loader = resolve_loader(options, dataset.split(split))
@@ -66,6 +76,12 @@ class BackgroundLoader(ABC):
         self.stage_trace = StageTrace()
         """Records the loader's stages and queues between its `start` and `stop`."""
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
+        self._layout: CacheLayout | None = None
+        if options.memory_cache and caches and self._loader != "synthetic":
+            budget, short_side = int(options.memory_cache * GIB), options.memory_cache_short_side
+            self._layout = CacheLayout.of(dataset.index(split), budget=budget, short_side=short_side, seed=seed)
+        self._memory_cache: SharedPixels | None = None
+        self._cache_use = CacheUse()
         self._prefetcher: Prefetcher[Batch] | None = None
         self._source: FeedProcess | SampleReader | None = None
         self._closing = False
@@ -73,6 +89,7 @@ class BackgroundLoader(ABC):
             with open_reader(dataset, split, options, beton=self._loader == "ffcv") as reader:
                 skips = options.skip_budget > 0
                 quick_check(dataset, split, reader, rank=rank, world=world, allow_one_bad_sample=skips)
+        self._open_cache()
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +112,12 @@ class BackgroundLoader(ABC):
         return self._bad.count
 
     @property
+    def cache_use(self) -> CacheUse | None:
+        """How many samples this loader has prepared, how many of them the memory cache had, and its size; else None."""
+        cache = self._memory_cache
+        return None if cache is None else dataclasses.replace(self._cache_use, stored_bytes=cache.used()[1])
+
+    @property
     def resolved(self) -> dict[str, str]:
         """The resolved loader options, as texts for the log."""
         settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
@@ -109,7 +132,16 @@ class BackgroundLoader(ABC):
             "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",
             "feed": "separate process" if self._use_feed_process else "threads of the training process",
             "batches ahead": f"{settings.read_ahead} read, {settings.decode_ahead} in decoding, {settings.ready} ready",
+            **self._describe_cache(),
         }
+
+    def _describe_cache(self) -> dict[str, str]:
+        layout, side = self._layout, self._options.memory_cache_short_side
+        if layout is None:
+            return {}
+        size = "" if side is None else f", short side at most {side}"
+        share = f"{layout.kept:,} of {len(layout.offsets):,} images ({layout.kept / len(layout.offsets):.1%})"
+        return {"memory cache": f"{layout.size / GIB:.3g} GiB per node: {share}{size}"}
 
     def __next__(self) -> Batch:
         if self._prefetcher is None:
@@ -134,6 +166,13 @@ class BackgroundLoader(ABC):
 
     def close(self) -> None:
         """Stop the background threads and release memory and file descriptors. Idempotent."""
+        self._stop()
+        if self._memory_cache is not None:
+            self._memory_cache.close()
+            self._memory_cache = None
+
+    def _stop(self) -> None:
+        """Stop the background threads. The memory cache is kept."""
         if self._prefetcher is not None:
             self._closing = True
             if self._source is not None:
@@ -152,7 +191,13 @@ class BackgroundLoader(ABC):
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches from the loader's current position. Runs in the background thread."""
 
+    def _open_cache(self) -> None:
+        """Open the memory cache, if it is used and not open. Collective (`open_node_cache`)."""
+        if self._layout is not None and self._memory_cache is None:
+            self._memory_cache = open_node_cache(self._layout, world=self.world)
+
     def _start(self) -> Prefetcher[Batch]:
+        self._open_cache()
         self._closing = False
         _started.add(self)
         threads, started = torch.get_num_threads(), threading.Event()
@@ -189,6 +234,7 @@ class BackgroundLoader(ABC):
             jobs=jobs,
             options=self._options,
             beton=self._loader == "ffcv",
+            memory_cache=None if self._memory_cache is None else self._memory_cache.path,
         )
         process = self._start_process(stream)
         prepared = self._prepared(stream, process)
@@ -208,6 +254,20 @@ class BackgroundLoader(ABC):
         normalisation: Normalisation | None = None,
     ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
         """Decode, crop, resize and flip images; yield [n, job.size, job.size, 3] on the device (see `Decoder`)."""
+        settings, cache, pixels = self._settings, self._memory_cache, self._pixels
+        jobs = ((each.job, each) for each in prepared)
+        if cache is not None:
+            fill = CachedPixels(
+                cache,
+                threads=settings.decode_threads,
+                ahead=settings.decode_ahead,
+                fast_dct=self._loader == "ffcv",
+                trace=self.stage_trace,
+                use=self._cache_use,
+            )
+            jobs = fill.run(jobs)
+            if pixels != "all":
+                pixels = "all" if cache.layout.keeps_all else "some"
         decoder = make_decoder(
             self._loader,
             self._options,
@@ -216,14 +276,15 @@ class BackgroundLoader(ABC):
             evaluation=evaluation,
             normalisation=normalisation,
             trace=self.stage_trace,
-            pixels=self._pixels,
+            pixels=pixels,
         )
-        decoded = decoder.decode((each.job, each) for each in prepared)
+        decoded = decoder.decode(jobs)
         try:
             for images, _, batch in decoded:
                 yield images, batch
         finally:
             decoded.close()
+            jobs.close()
 
     def _start_process(self, stream: JobStream) -> FeedProcess | None:
         if not self._use_feed_process:

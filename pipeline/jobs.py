@@ -20,6 +20,7 @@ from pipeline.plan import NO_SAMPLE, EvalPlan, Ids, Position, ShardRequest, Trai
 from pipeline.stage_trace import StageTrace
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
+from pipeline.storage.memory_cache.shared_pixels import StoredFlags
 from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
@@ -177,10 +178,16 @@ class JobStream:
     options: LoaderOptions
     beton: bool = False
     """Whether to read the split's .beton file, if it has one, even if it also has tar shards."""
+    memory_cache: str | None = None
+    """Path of the memory cache (`SharedPixels.path`), whose samples are not read. None: no cache."""
 
     def reader(self, buffers: BufferPool, trace: StageTrace | None = None) -> SampleReader:
         """Return a reader of the split that stores the encoded images in `buffers`."""
-        return open_reader(self.dataset, self.split, self.options, buffers=buffers, beton=self.beton, trace=trace)
+        samples = self.dataset.split(self.split).samples
+        stored = None if self.memory_cache is None else StoredFlags(self.memory_cache, samples)
+        return open_reader(
+            self.dataset, self.split, self.options, buffers=buffers, beton=self.beton, trace=trace, stored=stored
+        )
 
     def run(self, reader: SampleReader, bad: BadSamples, trace: StageTrace | None = None) -> Iterator[PreparedBatch]:
         """Run the first half of a loader: plan -> read -> replace bad samples -> draw.
@@ -211,11 +218,14 @@ def open_reader(
     buffers: BufferPool | None = None,
     beton: bool = False,
     trace: StageTrace | None = None,
+    stored: StoredFlags | None = None,
 ) -> SampleReader:
     """Return a reader of a split, configured by loader options."""
     storage = open_storage(dataset, split, beton=beton)
     threads = options.settings.read_threads
-    return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers, trace=trace)
+    return SampleReader(
+        storage, threads=threads, check=options.check_hashes, buffers=buffers, trace=trace, stored=stored
+    )
 
 
 def eval_geometry(

@@ -1,8 +1,9 @@
 """Options of the loaders: decoder, threads, queue sizes and the handling of bad samples.
 
 They do not change which samples, crops and augmentations a loader delivers. Pixel values depend on the decoder
-(`loader` and `hw_decoder_load`), because decoders round differently. Unset options (None) get the defaults of
-`LoaderSettings`, except `hw_decoder_load`, which depends on the device (`pipeline.decode.hardware`).
+(`loader` and `hw_decoder_load`), because decoders round differently, and on `memory_cache_short_side`. Unset options
+(None) get the defaults of `LoaderSettings`, except `hw_decoder_load`, which depends on the device
+(`pipeline.decode.hardware`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
 Ahead = Annotated[int, Interval(ge=0, le=256)]
 AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
 MAX_PREALLOCATED = 1 << 27  # maximum preallocated pixels per decoder thread (0.4 GB)
+MAX_CACHE_GIB = 1 << 20
+CachedSide = Annotated[int, Interval(ge=1, le=65500)]
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
@@ -101,6 +104,12 @@ class LoaderOptions:
     feed_process: FeedProcess = "auto"
     """Read shards and draw augmentations in a separate process per rank (the feed process), which does not compete
     with the training loop for Python's global interpreter lock. auto: on with a GPU, off on a CPU."""
+    memory_cache: Annotated[float, Interval(ge=0, le=MAX_CACHE_GIB)] = 0.0
+    """GiB of each node's memory for decoded training images, which are then neither read nor decoded again. All ranks
+    of a node share one copy. It is filled in the first epoch. 0: no cache."""
+    memory_cache_short_side: Annotated[CachedSide | None, default("images keep their size")] = None
+    """Short side in pixels to which larger images are shrunk before they are cached, such as 256. It needs less memory,
+    but changes the pixels of the samples that are cached."""
     dali: DaliOptions = field(default_factory=DaliOptions)
 
     def __post_init__(self) -> None:

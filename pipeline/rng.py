@@ -44,6 +44,7 @@ class Stream(IntEnum):
     CLASS_QUOTA = 14
     CLASS_ORDER = 15
     FRACTION = 16
+    MEMORY_CACHE = 17
 
 
 def mix64(x: U64) -> U64:

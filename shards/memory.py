@@ -11,6 +11,14 @@ from shards.errors import UserError
 GIB = 2**30
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
+_CGROUP_USE = (
+    tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat")),
+    tuple(
+        Path("/sys/fs/cgroup/memory") / name
+        for name in ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    ),
+)
+
 
 def machine_memory() -> int:
     """Return the machine's memory, or the limit of the control group (container) if that is smaller, in bytes."""
@@ -23,6 +31,24 @@ def machine_memory() -> int:
         if text.isdigit():
             limits.append(int(text))
     return min(limits)
+
+
+def free_memory() -> int:
+    """Return the memory that is not in use, on the machine or within the limit of the control group, in bytes.
+
+    The page cache counts as not in use, because the kernel evicts it when memory is needed.
+    """
+    free = [int(psutil.virtual_memory().available)]
+    for limit, used, evictable in _CGROUP_USE:
+        try:
+            text = [file.read_text(encoding="ascii").strip() for file in (limit, used, evictable)]
+        except OSError:
+            continue
+        if text[0].isdigit() and text[1].isdigit():
+            statistics = dict(line.split(maxsplit=1) for line in text[2].splitlines())
+            file_pages = sum(int(statistics.get(name, 0)) for name in ("active_file", "inactive_file"))
+            free.append(int(text[0]) - int(text[1]) + file_pages)
+    return max(min(free), 0)
 
 
 def check_memory(

@@ -31,6 +31,7 @@ from launch.run.progress import Progress, WeightsKind
 from launch.run.status import StatusContent
 from pipeline.batch import Batch
 from pipeline.data_wait import DataWait
+from pipeline.decode.cached import CacheUse
 
 # For each kind of weights: the `kind` of its evaluation lines in the metrics, and its name in messages.
 EVALUATION_KINDS: dict[WeightsKind, str] = {"weights": "eval", "average": "eval-ema"}
@@ -116,6 +117,7 @@ class Metrics:
         )
         self._first_step_seconds: float | None = None
         self._stepped = False
+        self._cache_use = (0, 0)
         self._rate, self._wait = 0.0, DataWait(self._world.device)
         self._last: dict[WeightsKind, float] = {}  # top-1 accuracies of the last evaluation
         self.saved_at: Callable[[], float | None] = lambda: None
@@ -190,18 +192,20 @@ class Metrics:
             self._first_step_seconds = round(time.perf_counter() - self._interval_started, 4)
             self.view.phase = ""
 
-    def log_interval(self, *, skipped: int, replaced: int) -> None:
+    def log_interval(self, *, skipped: int, replaced: int, cache: CacheUse | None = None) -> None:
         """Write a line about the steps since the last interval. Collective; waits for the device.
 
         Args:
             skipped: number of updates skipped so far.
             replaced: number of damaged samples that this rank has replaced so far.
+            cache: use of the memory cache by this rank so far. None: there is no cache.
         """
         if not self._results:
             return
         losses = torch.stack([result.loss for result in self._results])
         finite = losses.isfinite()
-        sums = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum(), losses.new_tensor(replaced)]).float()
+        counts = losses.new_tensor([replaced, *self._new_hits(cache)])
+        sums = torch.cat([torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum()]), counts]).float()
         if self._world.size > 1:
             waits = sums.new_zeros(self._world.size)
             waits[self._world.rank] = self._wait.seconds()
@@ -209,7 +213,7 @@ class Metrics:
             dist.all_reduce(sums)
         norms = torch.stack([result.grad_norm for result in self._results]).tolist()
         norms = [norm for norm in norms if math.isfinite(norm)]
-        loss, count, replaced_by_all, *waits_of_ranks = sums.tolist()
+        loss, count, replaced_by_all, hits, samples, *waits_of_ranks = sums.tolist()
         seconds = time.perf_counter() - self._interval_started
         rate = len(self._results) * self._plan.global_batch / seconds
         device = self._world.device
@@ -227,6 +231,8 @@ class Metrics:
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,
             "replaced": int(replaced_by_all),
+            "cache_hits": round(hits / samples, 4) if samples else None,
+            "cache_bytes": None if cache is None else cache.stored_bytes,
         }
         self._first_step_seconds = None
         epoch = self._plan.at(self.step - 1).epoch + 1
@@ -236,6 +242,12 @@ class Metrics:
         self.view.checkpoint_at = self.saved_at()
         self._display.show_interval()
         self.restart_interval()
+
+    def _new_hits(self, cache: CacheUse | None) -> tuple[int, int]:
+        """Return the hits and the samples of this rank since the last call."""
+        before, now = self._cache_use, (0, 0) if cache is None else (cache.hits, cache.samples)
+        self._cache_use = now
+        return now[0] - before[0], now[1] - before[1]
 
     def _longest_wait(self, seconds: list[float], interval: float) -> str | None:
         """Return the rank that waited longest for data, with its host; None for a single rank."""

@@ -19,7 +19,7 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
     Args:
         teacher: digest of the weights of the distillation's teacher; None: no distillation.
     """
-    plan, optim = feed.plan, recipe.optim
+    plan, optim, loader = feed.plan, recipe.optim, recipe.data.loader
     validation = feed.dataset.manifest.splits.get("val")
     return Fingerprint(
         fixed={
@@ -56,6 +56,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             "crop_pct": recipe.data.crop_pct,
             "eval_size": recipe.data.evaluation_size,
             "recalibrate_bn": recipe.model.recalibrate_bn,
+            # Shrinking changes the pixels of the samples that are cached.
+            "memory_cache_short_side": loader.memory_cache_short_side if loader.memory_cache else None,
             "warmup_epochs": optim.warmup,
             "schedule": optim.resolved_schedule,
             "decay_fraction": optim.decay_fraction,

@@ -122,6 +122,10 @@ class Train(Line):
     """Updates skipped so far in this start, because gradients were not finite."""
     replaced: Count = 0
     """Damaged samples that all ranks have replaced so far in this start."""
+    cache_hits: Fraction | None = None
+    """Fraction of the samples that the memory cache had, over all ranks; None: there is no cache."""
+    cache_bytes: Count | None = None
+    """Bytes of the images in the memory cache of rank 0's node."""
 
 
 class EpochStop(Line):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 try:
     from numba import njit
 except ImportError:
-    njit = None
+    njit = None  # type: ignore[assignment]
 
 # Operations of PyTorch on this many values or more run on several threads (at::internal::GRAIN_SIZE). An OpenMP team
 # for every thread of a pool would cost more than the operation.
@@ -69,4 +69,4 @@ finish: Callable[..., None] = finish_with_numpy
 if njit is not None:
     finish = njit(nogil=True)(_finish_compiled)
     with contextlib.suppress(RuntimeError):  # no folder for the compiled code is writable
-        finish.enable_caching()  # type: ignore[attr-defined]
+        finish.enable_caching()

@@ -55,6 +55,7 @@ class EpochLoader(BackgroundLoader):
             seed=plan.seed,
             rank=phases[0].shape.rank,
             world=phases[0].shape.world,
+            caches=True,
         )
         self._plan, self._phases = plan, phases
         self._epochs = UNLIMITED_EPOCHS if epochs is None else epochs
@@ -207,5 +208,5 @@ class EpochLoader(BackgroundLoader):
 
     def _seek(self, position: Position) -> None:
         """Continue from a position. Prefetched batches are discarded."""
-        self.close()
+        self._stop()
         self._next, self._loop, self._loop_epoch = position, None, None

@@ -52,13 +52,16 @@ class BadSamples:
         if not encoded.faults:
             return encoded
         ids, rows, raw, images = encoded.ids.copy(), encoded.rows.copy(), encoded.raw.copy(), list(encoded.images)
+        stored = None if encoded.stored is None else encoded.stored.copy()
         for fault in sorted(encoded.faults, key=lambda fault: fault.row):
             self._note(fault)
             found = self._replacement(fault, int(rows["label"][fault.row]), reader, epoch)
             log.warning("epoch %d: bad sample replaced by sample %d: %s", epoch, found.ids[0], fault.error)
             ids[fault.row], rows[fault.row], raw[fault.row] = found.ids[0], found.rows[0], found.raw[0]
             images[fault.row] = found.images[0]
-        return dataclasses.replace(encoded, ids=ids, rows=rows, raw=raw, images=images, faults=[])
+            if stored is not None and found.stored is not None:
+                stored[fault.row] = found.stored[0]
+        return dataclasses.replace(encoded, ids=ids, rows=rows, raw=raw, images=images, stored=stored, faults=[])
 
     def _replacement(self, fault: Fault, label: int, reader: SampleReader, epoch: int) -> Encoded:
         same_class = reader.ids_of_class(label)

@@ -17,6 +17,7 @@ from pipeline.options import LoaderSettings
 from pipeline.plan import Ids, ShardRequest
 from pipeline.stage_trace import WAIT_FOR_READ, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
+from pipeline.storage.memory_cache.shared_pixels import StoredFlags
 from pipeline.storage.placement import SampleLocations, Storage
 from shards.errors import ShardSetError, StorageFailed
 
@@ -57,6 +58,8 @@ class Encoded:
     """bool [n]. True: pixels, uint8 [height x width x 3]; False: a JPEG."""
     faults: list[Fault] = field(default_factory=list)
     """Bad samples. The bytes of their rows must not be used."""
+    stored: NDArray[np.bool_] | None = None
+    """bool [n]. True: not read, because the memory cache has the pixels; the image is empty. None: no cache."""
 
     def checked(self) -> Encoded:
         """Return the batch if all rows are good.
@@ -82,6 +85,7 @@ class SampleReader:
         check: verify each sample's hash (xxh3-64, several GB/s per core).
         buffers: pool of the buffers to read into; None: a new pool of pageable memory.
         trace: records reads, waits for them and the number of batches that have been read.
+        stored: samples that the memory cache has, which are not read. None: no cache.
     """
 
     def __init__(
@@ -92,8 +96,9 @@ class SampleReader:
         check: bool = True,
         buffers: BufferPool | None = None,
         trace: StageTrace | None = None,
+        stored: StoredFlags | None = None,
     ) -> None:
-        self._storage, self._check = storage, check
+        self._storage, self._check, self._stored = storage, check, stored
         self._buffers = BufferPool() if buffers is None else buffers
         self._trace = trace or StageTrace()
         self._pending: deque[tuple[int, Future[Started]]] = deque()
@@ -180,12 +185,16 @@ class SampleReader:
         Reading from the page cache in more threads would not be faster: they would wait for the interpreter lock.
         """
         locations = self._storage.locate(ids)
-        buffer = self._buffers.bytes(int(locations.sizes.sum()))
-        images = [buffer[start:end] for start, end in pairwise([0, *np.cumsum(locations.sizes).tolist()])]
-        batch = Encoded(ids=ids, images=images, rows=locations.rows, raw=locations.raw)
+        stored = None if self._stored is None else self._stored.stored(ids)
+        sizes = locations.sizes if stored is None else np.where(stored, 0, locations.sizes)
+        buffer = self._buffers.bytes(int(sizes.sum()))
+        images = [buffer[start:end] for start, end in pairwise([0, *np.cumsum(sizes).tolist()])]
+        batch = Encoded(ids=ids, images=images, rows=locations.rows, raw=locations.raw, stored=stored)
         read_if_cached = self._storage.files.read_if_cached
         # Sort by location, so that one task reads samples that are stored next to each other.
         by_location = np.lexsort((locations.offsets, locations.files))
+        if stored is not None:
+            by_location = by_location[~stored[by_location]]
         waiting = []
         for sample in self._samples(locations, by_location):
             row, file, offset, expected = sample

@@ -18,9 +18,9 @@ from PIL import Image
 
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.batch_shape import BatchShape
-from pipeline.decode.finish import finish, finish_with_numpy
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.dali_pixels import DaliPixelsDecoder
+from pipeline.decode.finish import finish, finish_with_numpy
 from pipeline.decode.job import DecodeJob
 from pipeline.decode.pixels import SplitBatchDecoder
 from pipeline.jobs import eval_windows

@@ -23,4 +23,5 @@ def test_streams_are_never_renumbered() -> None:
         "CLASS_QUOTA": 14,
         "CLASS_ORDER": 15,
         "FRACTION": 16,
+        "MEMORY_CACHE": 17,
     }
