@@ -44,7 +44,7 @@ def show_run(recipe: Recipe, world: World) -> None:
                 print(printable(f"warning: too large for this machine: {error}"))
 
     run = prepare_run(recipe, world, check_memory=warn_of_memory)
-    feed, decoder_messages = choose_jpeg_decoder(run.feed, previous=run.previous_decoder_load)
+    feed, decoder_messages = choose_jpeg_decoder(run.feed, previous=run.previous_dali)
     if world.is_main:
         messages = map(printable, (*run.messages, *decoder_messages))
         print(*messages, describe_run(feed, run.model, run.execution), sep="\n")

@@ -27,6 +27,7 @@ from launch.run.folder import will_resume
 from launch.run.saved_recipe import inherit_options, read_previous_start
 from launch.run.weights_files import best_weights_file
 from launch.teacher import load_teacher
+from pipeline.options import DaliOptions
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class PreparedRun:
     """Teacher of a distillation, on the CPU."""
     resumes: bool
     """Whether the run folder has checkpoints from which this start resumes."""
-    previous_decoder_load: float | None
-    """`hw_decoder_load` at the run's previous start; None: unknown, or a new run."""
+    previous_dali: DaliOptions | None
+    """Options of DALI at the run's previous start; None: unknown, or a new run."""
     messages: tuple[str, ...]
 
     @property
@@ -64,9 +65,9 @@ def prepare_run(
     """
     resumes = broadcast_from_rank0(lambda: will_resume(recipe), world)
     saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])
-    previous_decoder_load = None
+    previous_dali = None
     if saved is not None:
-        previous_decoder_load = saved.recipe.data.loader.dali.hw_decoder_load
+        previous_dali = saved.recipe.data.loader.dali
         # All ranks must resolve the same recipe, so all use rank 0's device and number of cores.
         machine = broadcast_from_rank0(lambda: (device_name(world.device), world.cores), world)
         recipe, inherited = inherit_options(recipe, saved, *machine)
@@ -84,7 +85,7 @@ def prepare_run(
     messages += [] if resumes else loaded
     teacher, teacher_messages = load_teacher(feed)
     messages += teacher_messages
-    return PreparedRun(feed, model, execution, teacher, resumes, previous_decoder_load, tuple(messages))
+    return PreparedRun(feed, model, execution, teacher, resumes, previous_dali, tuple(messages))
 
 
 def check_fine_tuning(model: nn.Module, recipe: Recipe) -> None:

@@ -177,7 +177,7 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
     DISPLAY.phase("checking the kernels")
     # Kernels that fail the check are disabled before the model is compiled or captured with them.
     kernels = check_training_kernels(prepared.recipe, prepared.feed, prepared.model)
-    feed, decoder_messages = choose_jpeg_decoder(prepared.feed, previous=prepared.previous_decoder_load)
+    feed, decoder_messages = choose_jpeg_decoder(prepared.feed, previous=prepared.previous_dali)
     DISPLAY.phase("preparing the model for training")
     engine = Engine(prepared.model, feed.recipe, world, shapes=feed.input_shapes, teacher=prepared.teacher)
     folder = RunFolder(feed.recipe, feed, engine, kernels)

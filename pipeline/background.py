@@ -11,7 +11,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.batch import Batch
 from pipeline.decode.cached import CachedPixels, CacheUse
-from pipeline.decode.choose import make_decoder, resolve_loader
+from pipeline.decode.choose import make_cache, make_decoder, resolve_loader
 from pipeline.decode.hardware import describe_jpeg_decoder, resolve_hw_decoder_load
 from pipeline.decode.job import Normalisation
 from pipeline.feed_process.process import FeedProcess, FeedUnavailable
@@ -36,8 +36,12 @@ from pipeline.storage.memory_cache.shared_pixels import SharedPixels
 from pipeline.storage.placement import stored_pixels
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import Encoded, SampleReader
+from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.memory import GIB
+
+if TYPE_CHECKING:  # not at run time: the module imports DALI
+    from pipeline.decode.decoded_cache import DecodedCache
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,10 @@ class BackgroundLoader(ABC):
         self.rank, self.world = rank, world
         self.stage_trace = StageTrace()
         """Records the loader's stages and queues between its `start` and `stop`."""
+        if self._loader == "ffcv" and options.settings.gpu_cache:
+            raise UserError(
+                f"--gpu-cache {options.settings.gpu_cache:g}: only DALI's decoder caches images; use --loader dali"
+            )
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._layout: CacheLayout | None = None
         if options.memory_cache and caches and self._loader != "synthetic":
@@ -82,6 +90,7 @@ class BackgroundLoader(ABC):
             self._layout = CacheLayout.of(dataset.index(split), budget=budget, short_side=short_side, seed=seed)
         self._memory_cache: SharedPixels | None = None
         self._cache_use = CacheUse()
+        self._gpu_cache: DecodedCache | None = None
         self._prefetcher: Prefetcher[Batch] | None = None
         self._source: FeedProcess | SampleReader | None = None
         self._closing = False
@@ -118,13 +127,19 @@ class BackgroundLoader(ABC):
         return None if cache is None else dataclasses.replace(self._cache_use, stored_bytes=cache.used()[1])
 
     @property
+    def gpu_cache_hit_rate(self) -> float | None:
+        """Fraction of the images so far that the GPU's cache of decoded images had. None: there is no cache."""
+        return None if self._gpu_cache is None else self._gpu_cache.hit_rate
+
+    @property
     def resolved(self) -> dict[str, str]:
         """The resolved loader options, as texts for the log."""
         settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
         if loader == "synthetic":
             return {"loader": "synthetic"}
-        where = f"the GPU, {describe_jpeg_decoder(settings.hw_decoder_load)}" if cuda else "CPUs"
-        described = f"{loader} on {where if loader == 'dali' else 'CPUs'}"
+        where = f"the GPU, {describe_jpeg_decoder(settings)}" if cuda else "CPUs"
+        whole = ", whole images" if settings.decode == "whole" else ""
+        described = f"{loader} on {where}{whole}" if loader == "dali" else f"{loader} on CPUs"
         if loader == "dali" and self._pixels == "all":
             described = f"stored pixels, resized on {'the GPU' if cuda else 'CPUs'}"
         return {
@@ -268,6 +283,8 @@ class BackgroundLoader(ABC):
             jobs = fill.run(jobs)
             if pixels != "all":
                 pixels = "all" if cache.layout.keeps_all else "some"
+        cached = self._loader == "dali" and not evaluation and pixels != "all"
+        self._gpu_cache = make_cache(settings.gpu_cache, self._device) if cached else None
         decoder = make_decoder(
             self._loader,
             self._options,
@@ -275,6 +292,7 @@ class BackgroundLoader(ABC):
             device=self._device,
             evaluation=evaluation,
             normalisation=normalisation,
+            cache=self._gpu_cache,
             trace=self.stage_trace,
             pixels=pixels,
         )
@@ -285,6 +303,7 @@ class BackgroundLoader(ABC):
         finally:
             decoded.close()
             jobs.close()
+            self._gpu_cache = None
 
     def _start_process(self, stream: JobStream) -> FeedProcess | None:
         if not self._use_feed_process:

@@ -29,6 +29,7 @@ from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
+from shards.memory import GIB
 
 DecodedBatch = tuple[Tensor, PreparedBatch]
 """Images on the device, and the job that they were decoded for."""
@@ -125,6 +126,17 @@ class TrainLoader(EpochLoader):
     def num_classes(self) -> int:
         """Number of classes of the targets: `num_classes` if it was given, else that of the set."""
         return self._targets.num_classes
+
+    @property
+    def resolved(self) -> dict[str, str]:
+        resolved, settings = super().resolved, self._settings
+        if self._loader == "dali" and settings.gpu_cache:
+            from pipeline.decode.decoded_cache import describe_capacity
+
+            index, size = self._dataset.index(self._split), int(settings.gpu_cache * GIB)
+            shown = describe_capacity(size, index["height"], index["width"], world=self.world)
+            return resolved | {"cache of decoded images": shown}
+        return resolved
 
     def _jobs(self) -> TrainJobs:
         return TrainJobs(plan=self._plan, phases=self._phases, epochs=self._epochs, start=self._next)

@@ -1,7 +1,7 @@
 """Options of the loaders: decoder, threads, queue sizes and the handling of bad samples.
 
 They do not change which samples, crops and augmentations a loader delivers. Pixel values depend on the decoder
-(`loader` and `hw_decoder_load`), because decoders round differently, and on `memory_cache_short_side`. Unset options
+(`loader` and `DaliOptions`), because decoders round differently, and on `memory_cache_short_side`. Unset options
 (None) get the defaults of `LoaderSettings`, except `hw_decoder_load`, which depends on the device
 (`pipeline.decode.hardware`).
 """
@@ -22,15 +22,17 @@ from shards.redact import printable
 
 LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
 FeedProcess = Literal["auto", "on", "off"]
+DecodePath = Literal["window", "whole"]
 # Upper limits of threads and queue sizes: larger values would only use more memory.
 ReadThreads = Annotated[int, Interval(ge=1, le=1024)]
 DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
 Ahead = Annotated[int, Interval(ge=0, le=256)]
 AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
 MAX_PREALLOCATED = 1 << 27  # maximum preallocated pixels per decoder thread (0.4 GB)
-MAX_CACHE_GIB = 1 << 20
 CachedSide = Annotated[int, Interval(ge=1, le=65500)]
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
+CacheSize = Annotated[float, Interval(ge=0, le=10_000)]
+"""Size of a cache in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class LoaderSettings:
     decode_threads: int = field(default_factory=cores)
     decode_ahead: int = 2
     ready: int = 2
+    decode: DecodePath = "window"
+    cpu_decode: float = 0.0
+    gpu_cache: float = 0.0
     hw_decoder_load: float = 0.0
     preallocate_width: int = 0
     preallocate_height: int = 0
@@ -56,11 +61,21 @@ class LoaderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DaliOptions:
-    """Options of DALI's GPU decoder. They have no effect on a CPU or with another decoder."""
+    """Options of DALI's decoders. They have no effect with another decoder."""
 
-    hw_decoder_load: Annotated[Fraction | None, default("1 if every rank's GPU has a JPEG engine, else 0")] = None
+    decode: Annotated[DecodePath | None, default("window; whole with --gpu-cache")] = None
+    """What is decoded. window: the crop window only. whole: the complete image, which is then cropped; on CPUs slower,
+    with the same pixels, on GPUs with other rounding."""
+    gpu_cache: Annotated[CacheSize | None, default("0")] = None
+    """Memory in GiB per rank, on its GPU (on CPUs: of its process), for complete decoded training images, which are not
+    decoded again in later epochs. The first images of the rank that fit are kept. Needs --decode whole."""
+    cpu_decode: Annotated[Fraction | None, default("0")] = None
+    """Fraction (0 to 1) of all images that CPU threads decode while the GPU decodes the others. Which ones depends on
+    their id alone. No effect on CPUs."""
+    hw_decoder_load: Annotated[Fraction | None, default("DALI's, if every rank's GPU has a JPEG engine, else 0")] = None
     """Fraction (0 to 1) of each batch that the GPU's JPEG engine decodes; the CUDA decoder decodes the rest. The two
-    round differently, so between 0 and 1 the pixels of a sample depend on its position in the batch."""
+    round differently, so between 0 and 1 the pixels of a sample depend on its position in the batch. No effect on
+    CPUs."""
     preallocate_width: Annotated[JpegSide | None, default("0")] = None
     """Width in pixels of the images for which decoder buffers are allocated in advance, which avoids stalls in the
     first batches. 0: allocate buffers as images arrive."""
@@ -75,12 +90,16 @@ class DaliOptions:
                 f"--preallocate-width {width}, --preallocate-height {height}: {width * height:,} pixels per decoder "
                 f"thread, but at most {MAX_PREALLOCATED:,} are allowed"
             )
+        if self.gpu_cache and self.decode == "window":
+            raise UserError(
+                f"--gpu-cache {self.gpu_cache:g} --decode window: the cache holds complete images; use --decode whole"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
     """Options of a loader. They do not change which samples, crops and augmentations it delivers; pixel values depend
-    on the decoder (`loader`, `hw_decoder_load`), because decoders round differently."""
+    on the decoder (`loader`, `DaliOptions`), because decoders round differently."""
 
     loader: LoaderName = "auto"
     """Decoder. auto: ffcv if the set has only .beton files with JPEGs, else dali. Images that are stored as pixels are
@@ -104,7 +123,7 @@ class LoaderOptions:
     feed_process: FeedProcess = "auto"
     """Read shards and draw augmentations in a separate process per rank (the feed process), which does not compete
     with the training loop for Python's global interpreter lock. auto: on with a GPU, off on a CPU."""
-    memory_cache: Annotated[float, Interval(ge=0, le=MAX_CACHE_GIB)] = 0.0
+    memory_cache: CacheSize = 0.0
     """GiB of each node's memory for decoded training images, which are then neither read nor decoded again. All ranks
     of a node share one copy. It is filled in the first epoch. 0: no cache."""
     memory_cache_short_side: Annotated[CachedSide | None, default("images keep their size")] = None
@@ -120,6 +139,7 @@ class LoaderOptions:
     def settings(self) -> LoaderSettings:
         """The performance options with defaults filled in."""
         given = vars(self) | vars(self.dali)
+        given["decode"] = self.dali.decode or ("whole" if self.dali.gpu_cache else "window")
         return LoaderSettings(**{f.name: given[f.name] for f in fields(LoaderSettings) if given[f.name] is not None})
 
     @property

@@ -45,6 +45,7 @@ class Stream(IntEnum):
     CLASS_ORDER = 15
     FRACTION = 16
     MEMORY_CACHE = 17
+    CPU_DECODE = 18
 
 
 def mix64(x: U64) -> U64:

@@ -7,7 +7,8 @@ import torch
 from launch.engine.execution import zero_and_precision
 from launch.feed import Feed
 from launch.machine.world import World
-from shards.memory import check_memory
+from pipeline.decode.choose import resolve_loader
+from shards.memory import GIB, check_memory
 
 # Lower bound on the float32 activations that are kept for the backward pass, in bytes per pixel of an image: FAT-B0
 # keeps 1,354 bytes (`fat.count`), and the other variants keep more.
@@ -41,7 +42,12 @@ def check_batches_fit(feed: Feed) -> None:
         f"{rows:,} per forward pass, {feed.eval_rows:,} per evaluation step, --read-ahead {settings.read_ahead}, "
         f"--decode-ahead {settings.decode_ahead}, --ready {settings.ready}"
     )
-    remedy = "use a smaller --size, --global-batch, --micro-batch or --eval-batch, or fewer batches ahead"
+    if settings.gpu_cache and resolve_loader(data.loader, feed.dataset.split("train")) == "dali":
+        what += f", --gpu-cache {settings.gpu_cache:g}"
+        batches += int(settings.gpu_cache * GIB)
+    remedy = (
+        "use a smaller --size, --global-batch, --micro-batch, --eval-batch or --gpu-cache, or fewer batches ahead"
+    )
     if world.device.type == "cuda":
         check_memory(what, encoded * world.local_size, remedy)
     else:

@@ -126,6 +126,8 @@ class Train(Line):
     """Fraction of the samples that the memory cache had, over all ranks; None: there is no cache."""
     cache_bytes: Count | None = None
     """Bytes of the images in the memory cache of rank 0's node."""
+    gpu_cache_hits: Fraction | None = None
+    """Fraction of rank 0's images in this start that came from --gpu-cache; None: there is no such cache."""
 
 
 class EpochStop(Line):

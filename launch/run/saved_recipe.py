@@ -104,7 +104,7 @@ def inherit_options(recipe: Recipe, saved: SavedRun, device: str, cores: int) ->
     """Set performance options of [compile] and [data.loader] that are unset (None) to those of a run's recipe.json.
 
     Options of [compile] are inherited only if the device is the same, options of [data.loader] only if the number of
-    cores is the same too. The JPEG decoder is not inherited here, but in `launch.jpeg_decoder`.
+    cores is the same too. The choice of JPEG decoders is not inherited here, but in `launch.jpeg_decoder`.
 
     Args:
         device: name of rank 0's device (`device_name`).
@@ -116,7 +116,8 @@ def inherit_options(recipe: Recipe, saved: SavedRun, device: str, cores: int) ->
     before, engine = saved.recipe, saved.engine
     compile_ = _fill_unset(recipe.compile, before.compile)
     loader = recipe.data.loader
-    dali = _fill_unset(loader.dali, dataclasses.replace(before.data.loader.dali, hw_decoder_load=None))
+    decoders = {"hw_decoder_load": None, "decode": None, "cpu_decode": None}
+    dali = _fill_unset(loader.dali, dataclasses.replace(before.data.loader.dali, **decoders))
     loader = dataclasses.replace(_fill_unset(loader, before.data.loader), dali=dali)
     messages = []
     if engine.device != device and (ignored := _differences(recipe.compile, compile_)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -12,6 +12,10 @@ from pipeline.options import LoaderOptions
 from pipeline.stage_trace import StageTrace
 from pipeline.storage.placement import StoredPixels, stored_pixels
 from shards.format.manifest_fields import SplitEntry
+from shards.memory import GIB
+
+if TYPE_CHECKING:  # not at run time: the module imports DALI
+    from pipeline.decode.decoded_cache import DecodedCache
 
 ResolvedLoader = Literal["dali", "ffcv", "synthetic"]
 
@@ -31,6 +35,7 @@ def make_decoder(
     device: torch.device,
     evaluation: bool,
     normalisation: Normalisation | None,
+    cache: DecodedCache | None,
     trace: StageTrace,
     pixels: StoredPixels = "none",
 ) -> Decoder:
@@ -43,6 +48,7 @@ def make_decoder(
         device: device of the output.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
         normalisation: normalisation for the decoder to apply. None: return uint8.
+        cache: cache of decoded images, only with the loader `dali`.
         trace: records the decoder's work.
         pixels: which samples arrive as pixels instead of JPEGs.
 
@@ -61,7 +67,7 @@ def make_decoder(
     from pipeline.decode.dali import DaliDecoder
     from pipeline.decode.dali_pixels import DaliPixelsDecoder
 
-    def dali(decoder: type[DaliDecoder]) -> DaliDecoder:
+    def dali(decoder: type[DaliDecoder], cache: DecodedCache | None = None) -> DaliDecoder:
         return decoder(
             batch=batch,
             device=device,
@@ -70,11 +76,12 @@ def make_decoder(
             evaluation=evaluation,
             normalisation=normalisation,
             settings=settings,
+            cache=cache,
             trace=trace,
         )
 
     if pixels == "none":
-        return dali(DaliDecoder)
+        return dali(DaliDecoder, cache)
     if pixels == "all":
         return dali(DaliPixelsDecoder)
     on_device = (
@@ -82,4 +89,17 @@ def make_decoder(
         if on_cpu
         else dali(DaliPixelsDecoder)
     )
-    return SplitBatchDecoder(on_device, dali(DaliDecoder), device)
+    return SplitBatchDecoder(on_device, dali(DaliDecoder, cache), device)
+
+
+def make_cache(gib: float, device: torch.device) -> DecodedCache | None:
+    """Create the cache of decoded images of DALI's decoder, `gib` GiB on a device; None if it is 0.
+
+    Raises:
+        UserError: the device has less memory.
+    """
+    if not gib:
+        return None
+    from pipeline.decode.decoded_cache import DecodedCache
+
+    return DecodedCache(int(gib * GIB), device)

@@ -11,12 +11,15 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from numpy.typing import NDArray
 
+from pipeline.decode.dali_graph import DaliGraph
+from pipeline.decode.decoded_cache import DecodedCache
+from pipeline.decode.hardware import rows_decoded_on_cpu
 from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
 from pipeline.decode.resize import Resizer
 from pipeline.options import LoaderSettings
@@ -40,7 +43,8 @@ class DaliDecoder:
         ahead: number of batches that are decoded concurrently.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
         normalisation: normalisation to apply, which makes the output float32. None: uint8.
-        settings: only the options of the GPU decoder are used.
+        settings: options of DALI.
+        cache: cache of whole decoded images; requires the decode path `whole`.
         trace: records the waits for DALI, the resizing on a CPU and the number of batches inside DALI.
     """
 
@@ -51,6 +55,7 @@ class DaliDecoder:
     evaluation: bool = False
     normalisation: Normalisation | None = None
     settings: LoaderSettings = field(default_factory=LoaderSettings)
+    cache: DecodedCache | None = None
     trace: StageTrace = field(default_factory=StageTrace)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
@@ -59,17 +64,9 @@ class DaliDecoder:
         Raises:
             DecodeError: DALI failed on a batch. Its prefetched batches are lost, so the stream ends.
         """
-        in_flight: deque[tuple[DecodeJob, T, tuple[Any, ...]]] = deque()
-
-        def feed() -> Generator[tuple[Any, ...], None, None]:
-            for job, extra in jobs:
-                inputs = self._inputs(job)
-                in_flight.append((job, extra, inputs))
-                self.trace.level("decoding", len(in_flight))
-                yield inputs
-
-        source = feed()
-        pipeline = self._build(source)
+        in_flight: deque[_Batch[T]] = deque()
+        batches = self._batches(jobs, in_flight)
+        pipeline = self._build(batches)
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
         in_use = None if stream is None else InUseBuffers(stream)
         with Resizer(threads=self.threads, normalisation=self.normalisation) as resize:
@@ -77,25 +74,30 @@ class DaliDecoder:
                 for number in itertools.count():
                     try:
                         with self.trace.span("decode", number):
-                            (images,) = pipeline.run(stream)
+                            images, *whole = pipeline.run(stream)
                     except StopIteration:
                         return
                     except UserError:
-                        raise  # an error of the reader, raised inside `feed`
+                        raise  # an error of the reader, raised inside `_batches`
                     except RuntimeError as error:
                         raise self._explain(error, in_flight) from error
-                    job, extra, inputs = in_flight.popleft()
+                    batch = in_flight.popleft()
                     self.trace.level("decoding", len(in_flight))
                     if in_use is not None:
                         pixels = torch.from_dlpack(images.as_tensor())
-                        yield pixels, job, extra
+                        self._store(batch, *whole)
+                        if not batch.warms_up:
+                            yield pixels, batch.job, batch.extra
                         with self.trace.span(WAIT_FOR_GPU, number):
-                            in_use.keep(pixels, inputs)
-                        del pixels, inputs
+                            in_use.keep(pixels, (batch, whole))
+                        del pixels, batch
                     else:  # `resize` copies, because the next `run` overwrites DALI's images
-                        yield self.trace.call("resize", number, resize, list(map(np.asarray, images)), job), job, extra
+                        decoded = list(map(np.asarray, images))
+                        self._store(batch, decoded)
+                        windows = self._windows(decoded, batch.job)
+                        yield self.trace.call("resize", number, resize, windows, batch.job), batch.job, batch.extra
             finally:
-                source.close()
+                batches.close()
                 if in_use is not None:
                     in_use.close()
                 del pipeline
@@ -104,81 +106,110 @@ class DaliDecoder:
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def _inputs(self, job: DecodeJob) -> tuple[Any, ...]:
-        n = len(job.encoded.ids)
-        inputs: tuple[Any, ...] = (job.encoded.images, *map(np.ascontiguousarray, np.split(job.window, 2, axis=1)))
-        if not self._on_gpu:
-            return inputs
-        inputs = (*inputs, np.full((n, 2), job.size, np.float32))
-        if self.evaluation:
-            assert job.region is not None
-            start, extent = np.split(job.region, 2, axis=1)
-            return (*inputs, start.astype(np.float32), (start + extent).astype(np.float32))
-        flip = np.zeros(n, np.bool_) if job.flip is None else job.flip
-        return (*inputs, flip.astype(np.int32).reshape(n, 1))
-
-    def _empty_pipeline(self) -> Pipeline:
-        return Pipeline(
-            batch_size=self.batch,
-            num_threads=self.threads,
-            device_id=(self.device.index or 0) if self._on_gpu else None,
-            prefetch_queue_depth=self.ahead,
-            seed=0,
+    @property
+    def _graph(self) -> DaliGraph:
+        return DaliGraph(
+            on_gpu=self._on_gpu,
+            evaluation=self.evaluation,
+            normalisation=self.normalisation,
+            shares_cpu=self._on_gpu and self.settings.cpu_decode > 0,
+            cached=self.cache is not None,
+            settings=self.settings,
         )
 
-    def _build(self, source: Iterator[tuple[Any, ...]]) -> Pipeline:
-        pipeline = self._empty_pipeline()
-        with pipeline:
-            count = 3 if not self._on_gpu else 6 if self.evaluation else 5
-            # Without no_copy, this thread would copy while holding the interpreter lock (2.5 of 3.8 ms for 256 photos).
-            # `decode` keeps the arrays alive until DALI has decoded them.
-            encoded, start, shape, *rest = fn.external_source(
-                source=source, num_outputs=count, batch=True, no_copy=True
-            )
-            decoder_options: dict[str, Any] = {"device": "cpu"}
-            if self._on_gpu:
-                decoder_options = {
-                    "device": "mixed",
-                    "hw_decoder_load": self.settings.hw_decoder_load,
-                    "preallocate_width_hint": self.settings.preallocate_width,
-                    "preallocate_height_hint": self.settings.preallocate_height,
-                }
-            # The heights and widths in the index ignore the EXIF orientation, as does the reference recipe.
-            images = fn.decoders.image_slice(
-                encoded,
-                start=start,
-                shape=shape,
-                axis_names="HW",
-                adjust_orientation=False,
-                output_type=types.RGB,
-                **decoder_options,
-            )
-            pipeline.set_outputs(self._resized(images, *rest) if self._on_gpu else images)
-        return pipeline
+    def _build(self, batches: Iterator[_Batch[T]]) -> Any:
+        sizes: dict[str, Any] = {"batch": self.batch, "threads": self.threads, "ahead": self.ahead}
+        if self.cache is None:
+            return self._graph.build((each.inputs for each in batches), device=self.device, **sizes)
+        first, second = itertools.tee(batches)  # DALI calls the two sources in any order
+        cached = (each.cached for each in second)
+        return self._graph.build((each.inputs for each in first), cached, device=self.device, **sizes)
 
-    def _resized(self, images: Any, size: Any, *rest: Any) -> Any:
-        # The size is an input of the graph, because it may change from batch to batch.
-        cubic = {"size": size, "interp_type": types.INTERP_CUBIC, "antialias": True}
-        if self.evaluation:
-            # DALI's filter also reads pixels outside the region of interest, as `DecodeJob.region` requires.
-            region = {"roi_start": rest[0], "roi_end": rest[1], "roi_relative": False}
-            images = fn.resize(images, **region, **cubic)
-            mirror = {}
-        else:
-            images = fn.resize(images, **cubic)
-            mirror = {"mirror": rest[0]}
-        if self.normalisation is None:
-            return fn.flip(images, horizontal=mirror["mirror"]) if mirror else images
-        scale = [[255 * value for value in values] for values in (self.normalisation.mean, self.normalisation.std)]
-        return fn.crop_mirror_normalize(
-            images, dtype=types.FLOAT, output_layout="HWC", mean=scale[0], std=scale[1], **mirror
-        )
+    def _batches(
+        self, jobs: Iterable[tuple[DecodeJob, T]], in_flight: deque[_Batch[T]]
+    ) -> Generator[_Batch[T], None, None]:
+        """Yield the batches for DALI, and append each to `in_flight`."""
+        graph = self._graph
+        warms_up = graph.on_gpu and (graph.shares_cpu or graph.cached)
+        for job, extra in jobs:
+            # nvImageCodec fixes the number of images that the JPEG engine may get in its first batch
+            # (`pipeline.decode.hardware`), so the GPU must decode all rows of that batch.
+            for first in (True, False) if warms_up else (False,):
+                in_flight.append(self._batch(job, extra, warms_up=first))
+                self.trace.level("decoding", len(in_flight))
+                yield in_flight[-1]
+            warms_up = False
+
+    def _batch(self, job: DecodeJob, extra: T, *, warms_up: bool) -> _Batch[T]:
+        """Choose the source of each row: the cache, the CPU's or the GPU's decoder."""
+        ids, cache = job.encoded.ids, self.cache
+        by_cpu, hit = rows_decoded_on_cpu(ids, 0.0 if warms_up else self.settings.cpu_decode), None
+        cached, reserved = list[Any](), list[int]()
+        if cache is not None and warms_up:
+            hit, cached = np.zeros_like(by_cpu), [cache.nothing] * len(ids)
+        elif cache is not None:
+            hit, cached = cache.take(ids)
+            reserved = cache.reserve(ids, job.encoded.rows["height"], job.encoded.rows["width"])
+        return _Batch(job, extra, self._inputs(job, by_cpu, hit), cached, reserved, warms_up)
+
+    def _inputs(
+        self, job: DecodeJob, by_cpu: NDArray[np.bool_] | None = None, hit: NDArray[np.bool_] | None = None
+    ) -> tuple[Any, ...]:
+        """Return the inputs of the graph (`DaliGraph`).
+
+        Args:
+            by_cpu: bool [n], which rows the CPU decodes for a GPU.
+            hit: bool [n], which rows the cache delivers.
+        """
+        n, graph = len(job.encoded.ids), self._graph
+        inputs: tuple[Any, ...] = (job.encoded.images,)
+        if graph.crops:
+            inputs = (*inputs, *map(np.ascontiguousarray, np.split(job.window, 2, axis=1)))
+        if graph.on_gpu:
+            inputs = (*inputs, np.full((n, 2), job.size, np.float32))
+            if self.evaluation:
+                assert job.region is not None
+                start, extent = np.split(job.region, 2, axis=1)
+                inputs = (*inputs, start.astype(np.float32), (start + extent).astype(np.float32))
+            else:
+                flip = np.zeros(n, np.bool_) if job.flip is None else job.flip
+                inputs = (*inputs, flip.astype(np.int32).reshape(n, 1))
+        return (*inputs, *([by_cpu] if graph.shares_cpu else []), *([hit] if graph.cached else []))
+
+    def _store(self, batch: _Batch[T], images: Any = ()) -> None:
+        """Store the whole images of the rows for which the cache has reserved memory."""
+        for row in batch.reserved:
+            assert self.cache is not None
+            self.cache.store(int(batch.job.encoded.ids[row]), torch.from_dlpack(images[row]))
+
+    def _windows(self, images: list[NDArray[np.uint8]], job: DecodeJob) -> list[NDArray[np.uint8]]:
+        """Return the crop windows of the decoded images, on a CPU."""
+        if not self._graph.whole:
+            return images
+        corners = zip(images, job.window.tolist(), strict=True)
+        return [image[y : y + height, x : x + width] for image, (y, x, height, width) in corners]
 
     @staticmethod
-    def _explain(error: RuntimeError, in_flight: deque[tuple[DecodeJob, T, tuple[Any, ...]]]) -> DecodeError:
+    def _explain(error: RuntimeError, in_flight: deque[_Batch[T]]) -> DecodeError:
         """Name the samples of the batch, because DALI's error does not name the damaged sample."""
         detail = first_line(error) or "DALI gave no reason"
-        return DecodeError.of(in_flight[0][0].encoded.ids if in_flight else (), detail)
+        return DecodeError.of(in_flight[0].job.encoded.ids if in_flight else (), detail)
+
+
+@dataclass(frozen=True)
+class _Batch(Generic[T]):
+    """A batch that DALI decodes."""
+
+    job: DecodeJob
+    extra: T
+    inputs: tuple[Any, ...]
+    """Inputs of the graph, which must live until DALI has read them."""
+    cached: list[Any] = field(default_factory=list)
+    """Images from the cache, one per row; empty without a cache."""
+    reserved: list[int] = field(default_factory=list)
+    """Rows whose images are stored in the cache after decoding."""
+    warms_up: bool = False
+    """Whether the batch only prepares the decoder and is not delivered."""
 
 
 class InUseBuffers:

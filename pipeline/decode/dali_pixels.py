@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+import dataclasses
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn
+from numpy.typing import NDArray
 
 from pipeline.decode.dali import DaliDecoder
+from pipeline.decode.dali_graph import DaliGraph
 from pipeline.decode.job import DecodeJob
 from pipeline.decode.pixels import windows_of
 from pipeline.decode.resize import Pixels
@@ -36,8 +38,14 @@ class DaliPixelsDecoder(DaliDecoder):
         with ThreadPoolExecutor(self.threads, thread_name_prefix="windows") as self._pool:
             yield from super().decode(jobs)
 
-    def _inputs(self, job: DecodeJob) -> tuple[Any, ...]:
-        _, _, _, *rest = super()._inputs(job)
+    @property
+    def _graph(self) -> DaliGraph:
+        return dataclasses.replace(super()._graph, pixels=True, shares_cpu=False, cached=False)
+
+    def _inputs(
+        self, job: DecodeJob, by_cpu: NDArray[np.bool_] | None = None, hit: NDArray[np.bool_] | None = None
+    ) -> tuple[Any, ...]:
+        _, *rest = super()._inputs(job)
         return (self._gathered(windows_of(job)), *rest)
 
     def _gathered(self, windows: list[Pixels]) -> list[Pixels]:
@@ -50,13 +58,3 @@ class DaliPixelsDecoder(DaliDecoder):
         ]
         list((map if self._pool is None else self._pool.map)(np.copyto, copies, windows))
         return copies
-
-    def _build(self, source: Iterator[tuple[Any, ...]]) -> Pipeline:
-        pipeline = self._empty_pipeline()
-        with pipeline:
-            count = 4 if self.evaluation else 3
-            windows, *rest = fn.external_source(
-                source=source, num_outputs=count, batch=True, no_copy=True, layout=["HWC", *[""] * (count - 1)]
-            )
-            pipeline.set_outputs(self._resized(windows.gpu(), *rest))
-        return pipeline

@@ -8,11 +8,12 @@ on the other images of the batch and therefore on the world size.
 
 With a load of 0 or 1, the decoder of an image does not depend on other images (nvImageCodec 0.8,
 src/image_generic_codec.h). The engine gets round(load * n) of the first batch's n images, rounded up to a multiple of
-the engine's cores and limited to the batch: at load 1 all of them, provided that all batches have the same size, as
-they do in this project. Images that the engine does not support (progressive, CMYK, 4:1:1, too large) go to the CUDA
-decoder at every load. Images with a crop window can use the engine if nvJPEG has `nvjpegDecodeBatchedEx`, "batch of
-images with ROI" (all of CUDA 12). There is one exception: if the engine fails on an image that it had accepted, the
-CUDA decoder decodes that whole batch.
+the engine's cores and limited to the batch: at load 1 all of them, provided that no batch is larger than the first. In
+this project batches have the same size; where the GPU does not decode all rows of a batch (`--cpu-decode`, `--gpu-
+cache`), a first batch of which it decodes all rows precedes the others. Images that the engine does not support
+(progressive, CMYK, 4:1:1, too large) go to the CUDA decoder at every load. Images with a crop window can use the engine
+if nvJPEG has `nvjpegDecodeBatchedEx`, "batch of images with ROI" (all of CUDA 12). There is one exception: if the
+engine fails on an image that it had accepted, the CUDA decoder decodes that whole batch.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pipeline.options import LoaderOptions
+from pipeline.options import LoaderOptions, LoaderSettings
+from pipeline.plan import Ids
+from pipeline.rng import Stream, uniform
 from shards.errors import first_line
 
 # Constants from nvjpeg.h.
@@ -46,11 +51,6 @@ class JpegEngine:
     usable: bool
     found: str
     """Text for the log: the number of engines, or why no engine can be used and what to do."""
-
-    @property
-    def load(self) -> float:
-        """The `hw_decoder_load` with which one decoder decodes all images: 1 with an engine, else 0."""
-        return 1.0 if self.usable else 0.0
 
 
 def find_jpeg_engine(device: torch.device) -> JpegEngine:
@@ -111,25 +111,43 @@ def nvjpeg_paths() -> list[str]:
 
 
 def resolve_hw_decoder_load(options: LoaderOptions, device: torch.device) -> LoaderOptions:
-    """Set an unset `hw_decoder_load`: 1 if the device has a usable JPEG engine, else 0."""
+    """Set an unset `hw_decoder_load`: DALI's default if the device has a usable JPEG engine, else 0."""
     if device.type != "cuda" or options.dali.hw_decoder_load is not None:
         return options
-    return replace(options, dali=replace(options.dali, hw_decoder_load=find_jpeg_engine(device).load))
+    from pipeline.decode.dali_graph import default_hw_decoder_load
+
+    load = default_hw_decoder_load() if find_jpeg_engine(device).usable else 0.0
+    return replace(options, dali=replace(options.dali, hw_decoder_load=load))
 
 
-def describe_jpeg_decoder(load: float) -> str:
-    """Describe which decoder decodes JPEGs with this `hw_decoder_load`."""
+def rows_decoded_on_cpu(ids: Ids, fraction: float) -> NDArray[np.bool_]:
+    """Return which samples the CPU decodes while the GPU decodes the others, bool [n].
+
+    It is a function of the sample alone, so that the same decoder decodes a sample in every batch and on every rank.
+
+    Args:
+        ids: int64 [n], sample ids.
+        fraction: expected fraction of all samples (`--cpu-decode`).
+    """
+    return uniform(Stream.CPU_DECODE, ids) < fraction
+
+
+def describe_jpeg_decoder(settings: LoaderSettings) -> str:
+    """Describe which decoders decode JPEGs on a GPU with these settings."""
+    load, by_cpu = settings.hw_decoder_load, settings.cpu_decode
     if load in (0.0, 1.0):
-        return "JPEG engine" if load else "CUDA decoder"
-    return f"JPEG engine for {load:g} of the images, CUDA decoder for the rest"
+        shown = "JPEG engine" if load else "CUDA decoder"
+    else:
+        shown = f"JPEG engine for {load:g} of the images, CUDA decoder for the rest"
+    return f"{shown}; the CPU decodes {by_cpu:g} of all images" if by_cpu else shown
 
 
-def mixed_decoders_warning(load: float) -> str | None:
-    """Return a warning if this `hw_decoder_load` divides batches between two decoders, else None."""
+def mixed_decoders_note(load: float) -> str | None:
+    """Return a note if this `hw_decoder_load` divides batches between two decoders, else None."""
     if load in (0.0, 1.0):
         return None
     return (
-        f"warning: --hw-decoder-load {load:g}: each batch is divided between two decoders that round differently, so "
+        f"note: --hw-decoder-load {load:g}: each batch is divided between two decoders that round differently, so "
         "pixels depend on a sample's position in its batch and on the number of GPUs; use 0 or 1 to avoid this"
     )
 

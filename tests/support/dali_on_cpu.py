@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import io
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import Pipeline, fn
+from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from pipeline.decode import dali
+from pipeline.decode import dali_graph
 from pipeline.decode.dali import DaliDecoder
+from pipeline.decode.decoded_cache import DecodedCache
 from pipeline.decode.job import DecodeJob
+from pipeline.options import LoaderSettings
 
 _ONLY_ON_GPUS = ("hw_decoder_load", "preallocate_width_hint", "preallocate_height_hint")
+
+
+@contextmanager
+def gpu_graph_on_cpu() -> Iterator[None]:
+    """Build the graphs of `DaliDecoder` for GPUs with the CPU's operators."""
+    operators, define, external = fn.decoders, dali_graph.pipeline_def, fn.external_source
+
+    def pipeline_def(**options: Any) -> Any:
+        def with_cpu(function: Any) -> Any:
+            build = define(**options)(function)
+            return lambda *inputs, device_id, **sizes: build(*inputs, device_id=None, **sizes)
+
+        return with_cpu
+
+    def source_on_cpu(**options: Any) -> Any:
+        return external(**(options | {"device": "cpu", "cuda_stream": None, "use_copy_kernel": None}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("image", "image_slice"):
+            patch.setattr(fn.decoders, name, _on_cpu(getattr(operators, name)))
+        patch.setattr(dali_graph, "pipeline_def", pipeline_def)
+        patch.setattr(fn, "external_source", source_on_cpu)
+        patch.setattr(DataNode, "gpu", lambda node: node)
+        patch.setattr(torch.cuda, "current_stream", lambda: None)
+        yield
 
 
 def decoded(size: int, photos: list[Image.Image], *, evaluation: bool, **job: Any) -> np.ndarray:
@@ -32,27 +62,62 @@ def decoded(size: int, photos: list[Image.Image], *, evaluation: bool, **job: An
     return decoded_at_sizes([size], photos, evaluation=evaluation, **job)[0]
 
 
-def decoded_at_sizes(sizes: list[int], photos: list[Image.Image], *, evaluation: bool, **job: Any) -> list[np.ndarray]:
-    """Decode photos once for each output size, with one graph (see `decoded`)."""
-    images = [encoded(photo) for photo in photos]
+def decoded_at_sizes(
+    sizes: list[int],
+    photos: list[Image.Image],
+    *,
+    evaluation: bool,
+    settings: LoaderSettings | None = None,
+    cache: DecodedCache | None = None,
+    **job: Any,
+) -> list[np.ndarray]:
+    """Decode photos once for each output size, with one graph (see `decoded`).
+
+    Args:
+        settings, cache: see `DaliDecoder`.
+    """
+    jobs = [job_of(photos, size=size, **job) for size in sizes]
+    return run_graph(DaliDecoder, jobs, evaluation=evaluation, settings=settings, cache=cache)
+
+
+def run_graph(
+    kind: type[DaliDecoder],
+    jobs: list[DecodeJob],
+    *,
+    evaluation: bool,
+    settings: LoaderSettings | None = None,
+    cache: DecodedCache | None = None,
+) -> list[np.ndarray]:
+    """Run the GPU graph of a decoder on jobs of up to 4 images: uint8 [images, size, size, 3] for each job."""
+    decoder = kind(
+        batch=4,  # more than the photos, because batches may be smaller than the largest
+        device=torch.device("cuda", 0),
+        threads=1,
+        evaluation=evaluation,
+        settings=settings or LoaderSettings(),
+        cache=cache,
+    )
+    padded = jobs + jobs[-1:] * 4  # DALI prefetches
+    in_flight: deque[Any] = deque()
+    found = []
+    with gpu_graph_on_cpu():
+        graph = decoder._build(decoder._batches(((each, None) for each in padded), in_flight))
+        while len(found) < len(jobs):
+            images, *whole = graph.run()
+            batch = in_flight.popleft()
+            decoder._store(batch, *([np.array(image) for image in each] for each in whole))
+            if not batch.warms_up:
+                found.append(np.array(images.as_tensor()))
+    return found
+
+
+def job_of(photos: list[Image.Image], *, size: int, first_id: int = 0, **job: Any) -> DecodeJob:
+    """Return a job of photos with consecutive ids. The default window is the whole photo."""
     sides = np.array([photo.size[::-1] for photo in photos], np.int32)
     window = job.pop("window", np.concatenate([np.zeros_like(sides), sides], axis=1))
-    # 3 images for a decoder of up to 4, because batches may be smaller than the largest.
-    whole: Any = SimpleNamespace(ids=np.arange(3), images=images)
-    jobs = [DecodeJob(encoded=whole, window=window, size=size, **job) for size in sizes]
-    return run_graph(DaliDecoder, jobs, evaluation=evaluation)
-
-
-def run_graph(kind: type[DaliDecoder], jobs: list[DecodeJob], *, evaluation: bool) -> list[np.ndarray]:
-    """Run the GPU graph of a decoder on jobs of up to 4 images: uint8 [images, size, size, 3] for each job."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fn.decoders, "image_slice", _image_slice(fn.decoders.image_slice))
-        patch.setattr(dali, "Pipeline", lambda device_id, **options: Pipeline(device_id=None, **options))
-        patch.setattr(DataNode, "gpu", lambda node: node)
-        decoder = kind(batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
-        inputs = [decoder._inputs(each) for each in jobs]
-        graph = decoder._build(iter(inputs + inputs[-1:] * 4))  # 4 more, because DALI prefetches
-        return [np.array(graph.run()[0].as_tensor()) for _ in jobs]
+    images, ids = [encoded(photo) for photo in photos], first_id + np.arange(len(photos))
+    rows = {"height": sides[:, 0], "width": sides[:, 1]}
+    return DecodeJob(encoded=SimpleNamespace(ids=ids, images=images, rows=rows), window=window, size=size, **job)  # type: ignore[arg-type]
 
 
 def encoded(photo: Image.Image) -> np.ndarray:
@@ -62,11 +127,11 @@ def encoded(photo: Image.Image) -> np.ndarray:
     return np.frombuffer(sink.getvalue(), np.uint8)
 
 
-def _image_slice(decode: Any) -> Any:
+def _on_cpu(decode: Any) -> Any:
     def on_cpu(*inputs: Any, **options: Any) -> Any:
-        assert options.pop("device") == "mixed"
-        for name in _ONLY_ON_GPUS:
-            options.pop(name)
+        if options.pop("device") == "mixed":
+            for name in _ONLY_ON_GPUS:
+                options.pop(name)
         return decode(*inputs, device="cpu", **options)
 
     return on_cpu

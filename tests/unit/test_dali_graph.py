@@ -50,8 +50,8 @@ def test_arrays_that_dali_reads_without_a_copy_stay_alive_until_it_has_read_them
     given: list[list[weakref.ref[np.ndarray]]] = []
     real = DaliDecoder._inputs
 
-    def watched(decoder: DaliDecoder, job: DecodeJob) -> tuple[Any, ...]:
-        inputs = real(decoder, job)
+    def watched(decoder: DaliDecoder, *arguments: Any) -> tuple[Any, ...]:
+        inputs = real(decoder, *arguments)
         images, *others = inputs
         given.append([weakref.ref(array) for array in (*images, *others)])
         return inputs

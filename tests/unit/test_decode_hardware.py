@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from nvidia.dali import fn
 
 from launch import jpeg_decoder
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.feed import Feed
-from launch.jpeg_decoder import choose_load
+from launch.jpeg_decoder import choose_decoders, choose_load
 from launch.machine.world import World
 from pipeline.decode import hardware as decode_hardware
+from pipeline.decode.dali_graph import default_hw_decoder_load
 from pipeline.decode.hardware import (
     ARCH_MISMATCH,
     JpegEngine,
     find_jpeg_engine,
-    mixed_decoders_warning,
+    mixed_decoders_note,
     query_nvjpeg,
     resolve_hw_decoder_load,
 )
@@ -28,6 +30,7 @@ from pipeline.options import DaliOptions, LoaderOptions
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ENGINE = JpegEngine(usable=True, found="7 JPEG engines of 4 cores")
 NONE = JpegEngine(usable=False, found="this GPU has no JPEG engine that nvJPEG can use")
+DEFAULT = default_hw_decoder_load()
 
 
 class NvJpeg:
@@ -74,7 +77,6 @@ def test_the_result_follows_nvjpegs_answers(library: NvJpeg | None, video: bool,
     engine = query_nvjpeg(load, ["first", "second"])
     assert engine.usable is usable
     assert found in engine.found
-    assert engine.load == float(usable)
     assert library is None or library.open == 0
 
 
@@ -83,30 +85,40 @@ def test_the_real_nvjpeg_can_be_queried_without_a_gpu() -> None:
     assert "/nvjpeg/lib/libnvjpeg.so." in decode_hardware.nvjpeg_paths()[0]
 
 
-@pytest.mark.parametrize(("engine", "load"), [(ENGINE, 1.0), (NONE, 0.0)])
-def test_an_unset_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, engine: JpegEngine, load: float) -> None:
+@pytest.mark.parametrize(("engine", "load"), [(ENGINE, DEFAULT), (NONE, 0.0)])
+def test_an_unset_load_is_dalis_default(monkeypatch: pytest.MonkeyPatch, engine: JpegEngine, load: float) -> None:
     monkeypatch.setattr(decode_hardware, "find_jpeg_engine", lambda _: engine)
     assert resolve_hw_decoder_load(LoaderOptions(), GPU).settings.hw_decoder_load == load
     assert resolve_hw_decoder_load(LoaderOptions(), CPU) == LoaderOptions()
-    given = LoaderOptions(dali=DaliOptions(hw_decoder_load=0.5))
+    given = LoaderOptions(dali=DaliOptions(hw_decoder_load=1.0))
     assert resolve_hw_decoder_load(given, GPU) == given
-    assert mixed_decoders_warning(load) is None
-    assert "depend on a sample's position in its batch" in str(mixed_decoders_warning(0.5))
 
 
+def test_dalis_default_is_that_of_its_documentation() -> None:
+    assert f"hw_decoder_load : float, optional, default = `{DEFAULT:g}`" in str(fn.decoders.image_slice.__doc__)
+    assert 0 < DEFAULT < 1
+
+
+def test_dividing_a_batch_is_noted() -> None:
+    assert mixed_decoders_note(0.0) is mixed_decoders_note(1.0) is None
+    assert "depend on a sample's position in its batch" in str(mixed_decoders_note(DEFAULT))
+
+
+DIVIDED = "pixels depend on a sample's position in its batch"
 CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[str]]] = [
     # engines of the ranks, load given, load at the start of the run, chosen load, messages
-    ([ENGINE], None, None, 1.0, []),
+    ([ENGINE], None, None, DEFAULT, [DIVIDED]),
+    ([ENGINE], 1.0, None, 1.0, []),
     ([NONE, NONE], None, None, 0.0, []),
     ([ENGINE, NONE], None, None, 0.0, ["rank 1 cannot use a JPEG engine (this GPU has no"]),
-    ([ENGINE], 0.9, None, 0.9, ["pixels depend on a sample's position in its batch"]),
+    ([ENGINE], 0.9, None, 0.9, [DIVIDED]),
     ([ENGINE, NONE], 1.0, None, 1.0, ["--hw-decoder-load 1: rank 1 cannot use"]),
     ([NONE], 0.0, None, 0.0, []),
     ([ENGINE], None, 1.0, 1.0, []),
     ([ENGINE], None, 0.0, 0.0, []),  # resumed on a better GPU: the pixels stay
     ([NONE], None, 1.0, 0.0, ["are now decoded by the CUDA decoder (rank 0 cannot"]),
     ([ENGINE], 0.0, 1.0, 0.0, ["now decoded by the CUDA decoder: pixels may differ in rounding"]),
-    ([ENGINE], None, 0.9, 0.9, ["pixels depend on a sample's position in its batch"]),
+    ([ENGINE], None, 0.9, 0.9, [DIVIDED]),
 ]
 
 
@@ -127,7 +139,32 @@ def feed_of(data: Path, *options: str) -> tuple[Recipe, Feed]:
     return recipe, Feed.of(recipe, World(0, 1, 0, 1, CPU, cores=2))
 
 
-@pytest.mark.parametrize("case", [(None, None, 1.0), (0.0, None, 0.0), (None, 0.9, 0.9), (0.0, 0.9, 0.9)])
+@pytest.mark.parametrize(
+    ("given", "began", "chosen", "said"),
+    [
+        ({}, None, {"decode": "window", "cpu_decode": 0.0}, []),
+        ({"gpu_cache": 1.0}, None, {"decode": "whole", "cpu_decode": 0.0}, []),
+        ({}, {"decode": "whole", "cpu_decode": 0.25}, {"decode": "whole", "cpu_decode": 0.25}, []),
+        (
+            {"decode": "window", "cpu_decode": 0.5},
+            {"decode": "whole", "cpu_decode": 0.25},
+            {"decode": "window", "cpu_decode": 0.5},
+            ["with --decode whole, and now with window: pixels", "with --cpu-decode 0.25, and now with 0.5: pixels"],
+        ),
+        ({"gpu_cache": 1.0}, {"decode": "window"}, {"decode": "whole"}, ["with --decode window, and now with whole"]),
+    ],
+)
+def test_a_resumed_run_keeps_its_decode_path_and_the_rows_of_the_cpu(
+    given: dict[str, Any], began: dict[str, Any] | None, chosen: dict[str, Any], said: list[str]
+) -> None:
+    previous = began and DaliOptions(hw_decoder_load=1.0, **began)
+    found, messages = choose_decoders([ENGINE], requested=DaliOptions(**given, hw_decoder_load=1.0), previous=previous)
+    assert {name: getattr(found, name) for name in chosen} == chosen
+    for message, expected in zip(messages, said, strict=True):
+        assert expected in message
+
+
+@pytest.mark.parametrize("case", [(None, None, DEFAULT), (0.0, None, 0.0), (None, 0.9, 0.9), (0.0, 0.9, 0.9)])
 def test_a_run_records_its_decoder_and_a_resumed_run_keeps_it(
     digits: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[float | None, float | None, float]
 ) -> None:
@@ -137,5 +174,6 @@ def test_a_run_records_its_decoder_and_a_resumed_run_keeps_it(
     monkeypatch.setattr(jpeg_decoder, "find_jpeg_engine", lambda _: ENGINE)
     options = [] if given is None else ["--hw-decoder-load", str(given)]
     _, feed = feed_of(digits, *options)
-    feed, _ = jpeg_decoder.choose_jpeg_decoder(feed, previous=began)
+    previous = None if began is None else DaliOptions(hw_decoder_load=began)
+    feed, _ = jpeg_decoder.choose_jpeg_decoder(feed, previous=previous)
     assert feed.recipe.data.loader.dali.hw_decoder_load == load

@@ -26,7 +26,7 @@ TRITON_FILES = (
 )  # fmt: skip
 # Large libraries, and the only folder that may import each.
 ONLY_IN = {
-    "nvidia": {"pipeline/decode/dali.py", "pipeline/decode/dali_pixels.py"},
+    "nvidia": {"pipeline/decode/dali_graph.py"},
     "ffcv": {"pipeline/decode/ffcv.py"},
     "triton": {
         *(f"fat/kernels/impl/{name}.py" for name in TRITON_FILES),

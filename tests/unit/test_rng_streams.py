@@ -24,4 +24,5 @@ def test_streams_are_never_renumbered() -> None:
         "CLASS_ORDER": 15,
         "FRACTION": 16,
         "MEMORY_CACHE": 17,
+        "CPU_DECODE": 18,
     }
