@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from launch.bench.decode_paths import measure_paths, without_augmentation
 from launch.bench.one_rank import one_rank
 from launch.bench.phases import compare, predict, resident_batches, run, training_step
 from launch.bench.verdict import Figures
@@ -31,7 +31,7 @@ from shards.progress import Phases
 from shards.redact import redacted
 
 ROUNDS = 3
-PHASES = 5 + 3 * ROUNDS
+PHASES = 6 + 3 * ROUNDS
 """Number of phases that `bench` announces: each round measures the loader, the model, and both together."""
 
 
@@ -82,6 +82,8 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
     reading = _reading(feed, steps, ahead)
     progress.begin("decoding without augmentation")
     decoding = _decoding(feed, engine, steps, ahead)
+    progress.begin("host cost of each decode path")
+    paths = measure_paths(feed, dtype=engine.input_dtype, steps=steps)
     progress.begin("computing the roofline")
     return Figures(
         machine=_machine(device, cores),
@@ -96,6 +98,7 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
         },
         reading=reading,
         decoding=decoding,
+        decode_paths=paths,
         loader=alone,
         model=model,
         both=both,
@@ -124,9 +127,7 @@ def _reading(feed: Feed, steps: int, ahead: int) -> float:
 
 def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
     """Measure the images/s of reading, decoding, cropping, flipping and normalizing, without further augmentation."""
-    recipe = feed.recipe
-    light = dataclasses.replace(recipe.data, augment="light", rand_augment=None, erase=None, mixup=None, cutmix=None)
-    plain = dataclasses.replace(feed, augment=light.augmentation())
+    plain = without_augmentation(feed)
     with plain.train_loader(step=0, dtype=engine.input_dtype) as batches:
         for _ in range(ahead):
             next(batches)

@@ -45,6 +45,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class PathCost:
+    """Measurement of one decode path (`launch.bench.decode_paths`)."""
+
+    rate: float
+    """Images per second."""
+    cpu: float
+    """CPU seconds per image, of all threads; nothing runs in a feed process."""
+
+
+@dataclass(frozen=True)
 class Figures:
     """All results of one `pipeline bench`."""
 
@@ -54,6 +64,8 @@ class Figures:
     """Images per second of reading alone (from the page cache if the set fits into it)."""
     decoding: float
     """Images per second of reading and decoding without augmentation."""
+    decode_paths: dict[str, PathCost]
+    """Rate and CPU time of each decode path, without augmentation, by name."""
     loader: Phase
     """Measurements of the complete loader, without training."""
     model: Phase
@@ -169,10 +181,14 @@ def table(figures: Figures) -> str:
     peaks = f.roofline.peaks
     peak = f"{peaks.arithmetic / 1e12:,.3g} TFLOP/s {'by the data sheet' if peaks.stated else 'measured'}"
     moved = f.model.rate * f.roofline.bytes / 1e9
+    paths = (
+        (f"decode: {name}", cost.rate, f"{1e3 * cost.cpu:.2f} ms of CPU per image, reading included")
+        for name, cost in f.decode_paths.items()
+    )
     lines = [
         f"{f.machine['device']}, {f.machine['cores']} cores, load {f.machine['load']}",
         ", ".join(f"{name} {value}" for name, value in f.settings.items()),
-        *(f"{name:24s}{rate:12,.1f} images/s   {note}".rstrip() for name, rate, note in speeds),
+        *(f"{name:24s}{rate:12,.1f} images/s   {note}".rstrip() for name, rate, note in (*speeds, *paths)),
         f"both/model {f.both_of_model:.3f}   model/roofline {f.model_of_roofline:.3f}   both/predicted "
         f"{f.both_of_predicted:.3f}",
         f"MFU {f.mfu:.1%} of {peak}; {moved:,.1f} GB/s of {peaks.bandwidth / 1e9:,.1f} GB/s (measured copy)",

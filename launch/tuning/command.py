@@ -48,7 +48,7 @@ def tune(
             found |= tune_model(feed, ranks=ranks, seconds=seconds, progress=progress)
         if "input" in targets:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            found |= tune_loader(feed, dtype=dtype, seconds=seconds, progress=progress)
+            found |= tune_loader(feed, recipe.data.loader, dtype=dtype, seconds=seconds, progress=progress)
         conditions = (
             f"command: {command}",
             f"device: {device_name(world.device)}, {world.cores} cores per rank",

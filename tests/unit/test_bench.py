@@ -174,6 +174,7 @@ def figures(**changes: Any) -> Figures:
         "settings": {"model": "fat_b0", "batch": 256, "loader": "dali on the GPU, JPEG engine"},
         "reading": 50_000.0,
         "decoding": 5_100.0,
+        "decode_paths": {},
         "loader": Phase(rate=5_000.0, cpu=1e-3, waiting=1.0),
         "model": Phase(rate=8_000.0, cpu=1e-3, waiting=0.0),
         "both": Phase(rate=4_900.0, cpu=2e-3, waiting=0.31),
