@@ -76,7 +76,7 @@ def measure(feed: Feed, path: DecodePath, *, dtype: torch.dtype, steps: int) -> 
     rows, device = feed.shape.micro_rows, feed.world.device
     feed = without_augmentation(with_loader_options(feed, {**path.options, "feed_process": "off"}))
     if path.repeats:
-        feed = _repeating(feed, steps)
+        feed = repeating(feed, steps)
     ahead = feed.loader_options.settings.ahead
     with feed.train_loader(step=0, dtype=dtype) as batches:
         for _ in range(ahead + steps * path.repeats):
@@ -99,7 +99,7 @@ def with_loader_options(feed: Feed, values: Mapping[str, Any]) -> Feed:
     return feed.with_loader(**others, dali=replace(dali, **of_dali))
 
 
-def _repeating(feed: Feed, steps: int) -> Feed:
+def repeating(feed: Feed, steps: int) -> Feed:
     """Return a feed whose epochs consist of the first `steps` batches' worth of samples."""
     rows, counts = feed.shape.micro_rows, feed.dataset.shard_samples("train")
     ends = np.minimum(np.cumsum(counts), steps * rows)
