@@ -62,5 +62,6 @@ def _table(paths: Iterable[Path]) -> str:
 
 
 def _sizes(data: DataConfig) -> str:
-    """Return the sides of the training images in pixels, and that of the evaluation if it differs."""
-    return str(data.size)
+    """Return the smallest and largest side of the training images in pixels, and that of evaluations if it differs."""
+    sizes = str(data.size) if data.sizes is None else f"{data.sizes.smallest} to {data.sizes.largest}"
+    return sizes if data.evaluation_size == data.size else f"{sizes}, eval {data.evaluation_size}"
