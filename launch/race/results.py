@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from launch.race.time_to_accuracy import time_to_accuracy
 from launch.run.metrics_file import read_run
-from launch.run.time_to_accuracy import time_to_accuracy
 from shards.errors import storage_error
 from shards.files.durable import durable_write
 from shards.progress import duration

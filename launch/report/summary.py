@@ -12,9 +12,9 @@ from launch.monitor.curves import best_name
 from launch.monitor.goodput import TRAINING, Goodput
 from launch.monitor.metrics import WEIGHTS_NAMES
 from launch.monitor.panels import Lines
+from launch.race.time_to_accuracy import time_to_accuracy
 from launch.report.loaded_run import LoadedRun
 from launch.run.metrics_schema import EVALUATIONS
-from launch.run.time_to_accuracy import time_to_accuracy
 from shards.progress import duration
 
 IMAGENET_CLASSES = 1000  # of ImageNet-1K, on which the paper's accuracies were measured

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from launch.race.time_to_accuracy import time_to_accuracy
 from launch.report.loaded_run import load_runs
 from launch.report.summary import summarize
 from launch.run.metrics_file import read_metrics
 from launch.run.status import read_content, write_status
-from launch.run.time_to_accuracy import time_to_accuracy
 from launch.train import main as train
 from shards.convert.convert import convert
 from shards.convert.options import Options
