@@ -15,10 +15,10 @@ from launch.feed import Feed
 from pipeline.batch_shape import BatchShape
 from pipeline.decode.choose import make_decoder, resolve_loader
 from pipeline.decode.decoded_cache import image_bytes
-from pipeline.options import GIB
 from pipeline.plan import TrainPlan
 from pipeline.stage_trace import StageTrace
 from shards.errors import UserError
+from shards.memory import GIB
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def read_header(path: Path) -> RecipeHeader:
         ValueError: the header does not have the form above.
     """
     first, *rest = path.read_text(encoding="utf-8").splitlines()
-    fields = dict(match.groups() for line in rest if (match := _FIELD.fullmatch(line)))
+    matches = filter(None, map(_FIELD.fullmatch, rest))
+    fields = {match[1]: match[2] for match in matches}
     if not first.startswith("# ") or fields.keys() != set(_FIELDS):
         raise ValueError(f"{path}: expected a summary and the fields {', '.join(_FIELDS)} in the first comment")
     return RecipeHeader(path.stem, first[2:], **{name.lower(): text for name, text in fields.items()})

@@ -146,6 +146,7 @@ def _graph(graph: DaliGraph, source: Iterator[tuple[Any, ...]], cached: Iterator
     # decoder keeps the arrays alive until DALI has decoded them.
     layout = ["HWC" if graph.pixels else "", *[""] * (graph.inputs - 1)]
     inputs = fn.external_source(source=source, num_outputs=graph.inputs, batch=True, no_copy=True, layout=layout)
+    encoded: Any
     encoded, *rest = inputs if graph.inputs > 1 else (inputs,)
     window = {"start": rest.pop(0), "shape": rest.pop(0), "axis_names": "HW"} if graph.crops else {}
     if graph.cached:

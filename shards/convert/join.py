@@ -164,8 +164,7 @@ def _join_split(
     """Write the index of the split's tars, and return the split's manifest entry."""
     records = [done[split, shard] for shard in shards]
     samples = sum(record.samples for record in records)
-    has_tars = beton is None or work.keeps_tars
-    if has_tars:
+    if beton is None or work.keeps_tars:
         rows = (work.load_rows(split, shard) for shard in shards)
         index = work.index(split).name
         digest = work.publish_index(index, samples, rows)
@@ -184,7 +183,7 @@ def _join_split(
         shards=tuple(entries),
         index=index,
         index_hash=digest,
-        pixels=pixels and has_tars,
+        pixels=pixels and (beton is None or work.keeps_tars),
         beton=beton,
     )
 
