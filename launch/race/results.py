@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.race.time_to_accuracy import time_to_accuracy
+from launch.monitor.time_to_accuracy import time_to_accuracy
 from launch.run.metrics_file import read_run
 from shards.errors import storage_error
 from shards.files.durable import durable_write

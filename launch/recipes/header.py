@@ -38,8 +38,7 @@ def read_header(path: Path) -> RecipeHeader:
         ValueError: the header does not have the form above.
     """
     first, *rest = path.read_text(encoding="utf-8").splitlines()
-    matches = filter(None, map(_FIELD.fullmatch, rest))
-    fields = {match[1]: match[2] for match in matches}
+    fields = {match[1]: match[2] for line in rest if (match := _FIELD.fullmatch(line))}
     if not first.startswith("# ") or fields.keys() != set(_FIELDS):
         raise ValueError(f"{path}: expected a summary and the fields {', '.join(_FIELDS)} in the first comment")
     return RecipeHeader(path.stem, first[2:], **{name.lower(): text for name, text in fields.items()})

@@ -12,7 +12,7 @@ from launch.monitor.curves import best_name
 from launch.monitor.goodput import TRAINING, Goodput
 from launch.monitor.metrics import WEIGHTS_NAMES
 from launch.monitor.panels import Lines
-from launch.race.time_to_accuracy import time_to_accuracy
+from launch.monitor.time_to_accuracy import time_to_accuracy
 from launch.report.loaded_run import LoadedRun
 from launch.run.metrics_schema import EVALUATIONS
 from shards.progress import duration

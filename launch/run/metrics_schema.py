@@ -136,6 +136,7 @@ class EpochStop(Line):
     kind: Literal["epoch_stop"]
     step: Count
     epoch: Annotated[int, Field(ge=1)]
+    """Number of the epoch."""
     clock: Seconds
     """Seconds of training so far, over all starts."""
 

@@ -14,8 +14,8 @@ from tests.support.runs import ranks_of, spawn, status, wait_for_step
 RACE = (sys.executable, "-m", "launch.cli", "race")
 TRAINING = (
     *("--", "--model", "tests.support.models:with_classifier", "--size", "32", "--augment", "light"),
-    *("--compile", "off"),
-    *("--warmup-epochs", "0", "--global-batch", "32", "--classes-subset", "3", "--fraction", "0.3", "--log-every", "1"),
+    *("--warmup-epochs", "0", "--global-batch", "32", "--classes-subset", "3", "--fraction", "0.3"),
+    *("--compile", "off", "--log-every", "1"),
 )
 STEPS = 4
 """Optimizer steps per epoch."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.race.time_to_accuracy import time_to_accuracy
+from launch.monitor.time_to_accuracy import time_to_accuracy
 from launch.report.loaded_run import load_runs
 from launch.report.summary import summarize
 from launch.run.metrics_file import read_metrics

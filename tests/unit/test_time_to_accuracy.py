@@ -1,4 +1,4 @@
-"""Time to accuracy from the metrics of a run (launch/race/time_to_accuracy.py)."""
+"""Time to accuracy from the metrics of a run (launch/monitor/time_to_accuracy.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.race.time_to_accuracy import TimeToAccuracy, time_to_accuracy
+from launch.monitor.time_to_accuracy import TimeToAccuracy, time_to_accuracy
 
 
 def start(step: int, target: float | None, clock: float = 0.0) -> list[dict[str, Any]]:
