@@ -178,7 +178,7 @@ class Index:
     """
 
     tars: Positional[Annotated[tuple[Path, ...], arg(metavar="TAR [TAR ...]", help_behavior_hint="(required)")]]
-    """WebDataset tars of KEY.jpg and KEY.cls files, all in one folder.
+    """WebDataset tars of KEY.jpg (or KEY.ppm) and KEY.cls files, all in one folder.
     A tar belongs to the split (train, val or test) that is a word of its file name, otherwise to train."""
 
     classes: Annotated[Path | None, default("the labels in the tars")] = None

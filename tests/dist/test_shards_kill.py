@@ -64,7 +64,9 @@ def some_shards(out: Path) -> int:
     return len(list(out.glob("train-*.tar")))
 
 
-def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes], float], kills: int) -> None:
+def kill_campaign(
+    photos: Path, folder: Path, reference: tuple[dict[str, bytes], float], kills: int, *options: str
+) -> None:
     """Kill conversions at random times, resume them repeatedly, and check the published files after each kill."""
     expected, seconds = reference
     draw = random.Random(kills)
@@ -72,7 +74,7 @@ def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes],
     while done < kills:
         out = folder / f"set{done}"
         for _ in range(draw.randint(1, 6)):
-            process = start(photos, out)
+            process = start(photos, out, *options)
             time.sleep(draw.uniform(0.2, 1.0) * seconds)
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -81,7 +83,7 @@ def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes],
             assert published == {name: expected[name] for name in published}, "every published file is complete"
             if "dataset.json" in published:
                 assert published.keys() == expected.keys(), "a set with a manifest is complete"
-        resumed = run(photos, out)
+        resumed = run(photos, out, *options)
         assert resumed.returncode == 0, resumed.stderr
         assert contents(out) == expected
 
@@ -94,6 +96,15 @@ def test_killed_at_random_moments_and_resumed(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
     kill_campaign(photos, tmp_path, reference, kills=10)
+
+
+def test_a_conversion_to_pixels_is_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
+    options = ("--pixels", "--short-side", "200")
+    started = time.monotonic()
+    assert run(photos, tmp_path / "reference", *options).returncode == 0
+    reference = contents(tmp_path / "reference"), time.monotonic() - started
+    kill_campaign(photos, tmp_path, reference, 6, *options)
+    assert verify(tmp_path / "reference", workers=1) == []
 
 
 @pytest.mark.slow

@@ -230,6 +230,12 @@ def test_tars_of_pixels_are_indexed_in_place(sets: dict[str, Path], tmp_path: Pa
     assert fault.endswith("the image differs from the indexed one")
 
 
+def test_a_set_of_pixels_is_a_source_of_the_same_pixels(sets: dict[str, Path], tmp_path: Path) -> None:
+    convert(sets["pixels"], tmp_path / "set", options(MADE_FOR_SPEED["pixels"]))
+    found, expected = ([image.tobytes() for image in stored(path)] for path in (tmp_path / "set", sets["pixels"]))
+    assert sorted(found) == sorted(expected)
+
+
 def test_pixels_of_other_programs_are_indexed(tmp_path: Path) -> None:
     pictures = {f"long/{'k' * 120}{i}.ppm": image(i) for i in range(4)}
     tar_of(tmp_path / "train.tar", {name: encoded(picture, "PPM") for name, picture in pictures.items()})
