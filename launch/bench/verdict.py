@@ -22,7 +22,7 @@ SLACK = 1.15
 TRY = {
     "reading": "try faster storage or a local copy, or more --read-threads and a larger --read-ahead",
     "decode": "try more --decode-threads (or cores), --loader ffcv, or smaller images: pipeline shard --short-side 256",
-    "decode on the GPU": "try smaller images: pipeline shard --short-side 256",
+    "decode on the GPU": "try pipeline tune, which varies the decoders, or pipeline shard --short-side 256",
     "augmentation": "try more cores per rank; --augment light shows how much augmentation costs",
     "contention": "the loader alone is fast enough: try more cores per rank, or fewer --decode-threads",
 }
