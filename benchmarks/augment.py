@@ -1,9 +1,11 @@
-"""Compare the cost of augmentation per image: batched PyTorch operations and PIL, with the same random draws.
+"""Compare the cost of augmentation per image: our compiled functions, PyTorch and PIL, with the same random draws.
 
-The two are timed alternately in one run (ours, PIL, ours, ...), and medians are reported. Both use a single thread
-unless --threads specifies more. The PIL side does what a DataLoader worker does with each decoded image: RandAugment in
-PIL, then conversion to a tensor, normalization and erasing in PyTorch. Our side augments a batch that is already on
---device. Timed separately: mixing, the random draws, and the allocation of the result (page faults on a CPU).
+The three are timed alternately in one run (ours, PyTorch, PIL, ours, ...), and medians are reported. All use a single
+thread unless --threads specifies more. Ours are the functions that Numba compiles on a CPU
+(pipeline/augment/numba_impl/) and the Triton kernels on a GPU. The PIL side does what a DataLoader worker does with
+each decoded image: RandAugment in PIL, then conversion to a tensor, normalization and erasing in PyTorch. Ours and
+PyTorch augment a batch that is already on --device; PyTorch mixes it in a separate step. On a CPU, the time is CPU time
+of the process, which depends less on other programs. Timed separately: the random draws.
 
 On a GPU, the Triton kernels (pipeline/augment/triton_impl/randaugment.py, finishing.py) are also compared with PyTorch
 on a batch of a training step: number of launches, elapsed time, device time, RandAugment's memory traffic relative to
@@ -44,8 +46,8 @@ from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
-from pipeline.augment.torch_impl.mix import mix
 from pipeline.augment.triton_impl import passes
+from pipeline.augment.workers import Workers
 from shards.cores import cores
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -63,13 +65,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args.batch, args.size, args.pairs, torch.device(args.device))
-    report = {
+    report: dict[str, Any] = {
         "machine": machine(args.device),
         "settings": {"batch": args.batch, "size": args.size, "pairs": args.pairs, "threads": args.threads},
         "unit": "microseconds per image",
         "operations": {op.title: bench.operation(op) for op in Op},
-        "recipes": {name: bench.recipe(name) for name in ("fat", "light")},
-        "our own": bench.ours_alone(),
+        "recipes": {name: bench.recipe(name) for name in ("fat", "light")} | {"fat with mixing": bench.mixed()},
+        "draws": bench.draws(),
     }
     if args.device.startswith("cuda"):
         on_gpu = OnGpu(Bench(args.step_batch, args.size, args.pairs, torch.device(args.device)))
@@ -85,6 +87,7 @@ class Bench:
 
     def __init__(self, batch: int, size: int, pairs: int, device: torch.device) -> None:
         self.batch, self.size, self.pairs, self.device = batch, size, pairs, device
+        self.workers = Workers(torch.get_num_threads())
         photos = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
         self.photos = [photos[i % len(photos)].resize((size, size)) for i in range(batch)]
         self.images = torch.from_numpy(np.stack([np.asarray(photo) for photo in self.photos])).to(device)
@@ -105,54 +108,76 @@ class Bench:
                 "magnitudes": magnitude[:, None],
             }
         )
-        augment = BatchAugment(recipe, self.device)
+        ours, plain = self.augments(recipe)
 
         def pil() -> None:
             for i, photo in enumerate(self.photos):
                 reference.rand_augment(photo, recipe, params, i)
 
-        return self._compare(lambda: augment.apply_ops(self.images, params), pil)
+        return self._compare(
+            ours=lambda: ours.apply_ops(self.images, params),
+            torch=lambda: plain.apply_ops(self.images, params),
+            pil=pil,
+        )
 
     def recipe(self, name: str) -> dict[str, float]:
         """Time everything between the decoded crop and the final tensor, except mixing."""
         recipe = augment_recipe(name, size=self.size)
         params = self.params(recipe)
-        augment = BatchAugment(recipe, self.device)
+        ours, plain = self.augments(recipe)
 
         def pil() -> None:
             torch.stack([pil_sample(photo, recipe, params, i) for i, photo in enumerate(self.photos)])
 
-        return self._compare(lambda: augment(self.images, params), pil)
+        return self._compare(ours=lambda: ours(self.images, params), torch=lambda: plain(self.images, params), pil=pil)
 
-    def ours_alone(self) -> dict[str, float]:
-        """Time the parts of augmentation that have no PIL counterpart."""
+    def mixed(self) -> dict[str, float]:
+        """Time the complete recipe, with mixup and CutMix. PIL has no counterpart."""
         recipe = augment_recipe("fat", size=self.size)
-        samples = BatchAugment(recipe, self.device)(self.images, self.params(recipe))
-        mixing = draws.mix_params(recipe, seed=0, step=0, lanes=np.arange(self.batch) // 2)
+        params, mixing = self.params(recipe), self.mixing(recipe)
+        ours, plain = self.augments(recipe)
+        return self._compare(
+            ours=lambda: ours(self.images, params, mixing), torch=lambda: plain(self.images, params, mixing)
+        )
+
+    def draws(self) -> dict[str, float]:
+        """Time the random draws."""
+        recipe = augment_recipe("fat", size=self.size)
         lanes = np.arange(self.batch) // 16
         parts: dict[str, Callable[[], Any]] = {
-            "mix": lambda: mix(samples, mixing),
             "draws of samples": lambda: self.params(recipe),
             "draws of mixing": lambda: draws.mix_params(recipe, seed=0, step=0, lanes=lanes),
-            "memory of a float32 batch": lambda: torch.empty_like(samples).zero_(),
         }
         return {name: statistics.median(self.time(part) for _ in range(self.pairs)) for name, part in parts.items()}
 
-    def _compare(self, ours: Callable[[], Any], pil: Callable[[], Any]) -> dict[str, float]:
-        ours(), pil()  # warm-up
-        times = [(self.time(ours), self.time(pil)) for _ in range(self.pairs)]
-        return {
-            "ours": statistics.median(mine for mine, _ in times),
-            "pil": statistics.median(theirs for _, theirs in times),
-            "ours over pil": statistics.median(mine / theirs for mine, theirs in times),
+    def augments(self, recipe: AugmentRecipe) -> tuple[BatchAugment, BatchAugment]:
+        """Return our implementation and that in PyTorch."""
+        ours = BatchAugment(recipe, self.device, workers=self.workers)
+        return ours, BatchAugment(recipe, self.device, kernels=False)
+
+    def mixing(self, recipe: AugmentRecipe) -> draws.MixParams:
+        return draws.mix_params(recipe, seed=0, step=0, lanes=np.arange(self.batch) // 2)
+
+    def _compare(self, **ways: Callable[[], Any]) -> dict[str, float]:
+        """Return the median time of each way, and the median ratio of ours to each of the others."""
+        for way in ways.values():
+            way()  # warm-up
+        rounds = [{name: self.time(way) for name, way in ways.items()} for _ in range(self.pairs)]
+        found = {name: statistics.median(each[name] for each in rounds) for name in ways}
+        others = [name for name in ways if name != "ours"]
+        return found | {
+            f"ours over {name}": statistics.median(each["ours"] / each[name] for each in rounds) for name in others
         }
 
     def time(self, work: Callable[[], Any]) -> float:
         """Return the microseconds per image of processing one batch."""
+        if self.device.type == "cpu":
+            start = time.process_time()
+            work()
+            return (time.process_time() - start) / self.batch * 1e6
         start = time.perf_counter()
         work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return (time.perf_counter() - start) / self.batch * 1e6
 
     def params(self, recipe: AugmentRecipe) -> SampleParams:
@@ -166,7 +191,7 @@ class OnGpu:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.recipe = bench, augment_recipe("fat", size=bench.size)
         self.params = bench.params(self.recipe)
-        self.mixing = draws.mix_params(self.recipe, seed=0, step=0, lanes=np.arange(bench.batch) // 2)
+        self.mixing = bench.mixing(self.recipe)
 
     def report(self) -> dict[str, Any]:
         ways = {
@@ -265,10 +290,11 @@ def machine(device: str) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     print(json.dumps({key: report[key] for key in ("machine", "settings", "unit")}))
-    print(f"{'':26}{'ours':>8}{'PIL':>8}{'ratio':>8}")
+    print(f"{'':26}{'ours':>8}{'PyTorch':>8}{'PIL':>8}{'ours/PIL':>9}")
     for name, row in (report["operations"] | report["recipes"]).items():
-        print(f"{name:26}{row['ours']:8.0f}{row['pil']:8.0f}{row['ours over pil']:8.2f}")
-    for name, value in report["our own"].items():
+        pil = f"{row['pil']:8.0f}{row['ours over pil']:9.2f}" if "pil" in row else ""
+        print(f"{name:26}{row['ours']:8.0f}{row['torch']:8.0f}{pil}")
+    for name, value in report["draws"].items():
         print(f"{name:26}{value:8.0f}")
     if "on a GPU" in report:
         found = report["on a GPU"]

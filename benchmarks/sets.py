@@ -211,7 +211,8 @@ def main(options: Options) -> None:
                 "loader, images/s": round(loaders[name]["rate"]),
                 **original.differences(found.images),
             }
-        result = {"sets": sets, "choices": compare_choices(original), "machine": machine(cpu), "options": shown(options)}
+        choices = compare_choices(original)
+        result = {"sets": sets, "choices": choices, "machine": machine(cpu), "options": shown(options)}
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

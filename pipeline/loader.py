@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import BatchAugment, mix, normalise
+from pipeline.augment.pixels import BatchAugment, normalise
 from pipeline.augment.recipe import AugmentRecipe
+from pipeline.augment.workers import Workers
 from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch, TargetOptions, timed_event
 from pipeline.batch_shape import BatchShape
@@ -155,29 +156,31 @@ class TrainLoader(EpochLoader):
             )
             return
         # On a CPU, normalising in the decoder is free, because the pixels are still in the CPU's cache. It is possible
-        # only if no operation on the 8-bit pixels, and no erasing, follows the decoder.
+        # only if nothing else follows the decoder.
         recipes = [phase.augment for phase in self._phases]
-        by_decoder = self._device.type == "cpu" and not any(each.policy or each.erase for each in recipes)
+        by_decoder = self._device.type == "cpu" and not any(each.policy or each.erase or each.mixes for each in recipes)
         normalisation = Normalisation(recipes[0].mean, recipes[0].std) if by_decoder else None
         rows = max(phase.shape.micro_rows for phase in self._phases)
         with (
             self._prepare(self._jobs()) as prepared,
             # Close explicitly: the traceback of an error in a later stage would keep these generators alive.
             closing(self._decode(prepared, rows=rows, normalisation=normalisation)) as decoded,
+            Workers(self._settings.decode_threads) as workers,
         ):
-            augmented = self.stage_trace.map("augment", self._mix if by_decoder else self._augmenter(), decoded)
+            augment = self._to_channels_first if by_decoder else self._augmenter(workers)
+            augmented = self.stage_trace.map("augment", augment, decoded)
             yield from self.stage_trace.map("transfer", self._batch, augmented)
 
-    def _mix(self, decoded: DecodedBatch) -> DecodedBatch:
-        """Apply mixup and CutMix, the only remaining augmentations of images that the decoder has normalised."""
+    def _to_channels_first(self, decoded: DecodedBatch) -> DecodedBatch:
         pixels, batch = decoded
-        images = self._channels_first(pixels)
-        return images if batch.mixing is None else mix(images, batch.mixing), batch
+        return self._channels_first(pixels), batch
 
-    def _augmenter(self) -> Callable[[DecodedBatch], DecodedBatch]:
+    def _augmenter(self, workers: Workers) -> Callable[[DecodedBatch], DecodedBatch]:
         """Return a function that applies RandAugment, normalisation, random erasing and mixing on the device."""
         augment = {  # the size is the only field that an augmentation of decoded pixels takes from its recipe
-            phase.augment.size: BatchAugment(phase.augment, self._device, self._dtype, kernels=self._kernels)
+            phase.augment.size: BatchAugment(
+                phase.augment, self._device, self._dtype, kernels=self._kernels, workers=workers
+            )
             for phase in self._phases
         }
 

@@ -1,8 +1,9 @@
 """Apply augmentation to a decoded batch on its device: RandAugment, normalisation, random erasing and mixing.
 
 The host selects the samples of each operation from the parameters, so it never waits for a kernel's result. On a GPU,
-this project's Triton kernels do all of the work (triton_impl/randaugment.py, triton_impl/finishing.py). Their reference
-in PyTorch is also here; it processes the samples of each group of operations together.
+this project's Triton kernels do all of the work (triton_impl/randaugment.py, triton_impl/finishing.py); on a CPU,
+functions that Numba compiles (numba_impl/). Their reference in PyTorch is also here; it processes the samples of each
+group of operations together.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment.kernels import FINISHING, RANDAUGMENT, available, switched_off
+from pipeline.augment.kernels import FINISHING, RANDAUGMENT, available, load_cpu_augment, switched_off
 from pipeline.augment.ops import Op
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
 from pipeline.augment.recipe import AugmentRecipe, Colour, scale_and_offset
@@ -25,6 +26,10 @@ from pipeline.augment.torch_impl import blend, geometry, tables
 from pipeline.augment.torch_impl.erase import QUANTILES, Eraser
 from pipeline.augment.torch_impl.mix import mix, mix_targets
 from pipeline.augment.transfer import upload
+from pipeline.augment.workers import Workers
+
+if TYPE_CHECKING:
+    from pipeline.augment.numba_impl.batch import CpuAugment
 
 __all__ = ["BatchAugment", "launch_all", "mix", "mix_targets", "normalise"]
 
@@ -65,7 +70,9 @@ class BatchAugment:
         dtype: floating-point dtype of the result.
         flip: also apply the horizontal flips, for decoders that do not flip.
         kernels: use this project's Triton kernels if they are available on the device and enabled
-            (`pipeline.augment.kernels`), else PyTorch.
+            (`pipeline.augment.kernels`), and on a CPU the functions that Numba compiles; else PyTorch. The first object
+            on a CPU compiles them, or loads them from Numba's cache.
+        workers: threads and memory for a CPU. None: the calling thread.
     """
 
     def __init__(
@@ -76,10 +83,14 @@ class BatchAugment:
         *,
         flip: bool = False,
         kernels: bool = True,
+        workers: Workers | None = None,
     ) -> None:
         self._recipe, self._device, self._dtype, self._flip = recipe, device, dtype, flip
         self._kernels = kernels and available(device)
         self._eraser = Eraser(device)
+        self._on_cpu: CpuAugment | None = None
+        if kernels and not self._kernels and device.type == "cpu" and (cpu_augment := load_cpu_augment()):
+            self._on_cpu = cpu_augment(recipe, self._eraser.quantiles.numpy(), workers or Workers(1), flip=flip)
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None = None) -> Tensor:
         """Return the augmented batch. `images` is not modified.
@@ -95,7 +106,11 @@ class BatchAugment:
         Raises:
             ValueError: `images` has another shape or dtype, or B is odd and rows are mixed.
         """
-        recipe, images = self._recipe, self.apply_ops(images, params)
+        recipe = self._recipe
+        if self._on_cpu:
+            self._check(images, params)
+            return self._on_cpu(images, params, mixing).to(self._dtype)
+        images = self.apply_ops(images, params)
         if self._uses_kernels(FINISHING):
             from pipeline.augment.triton_impl.finishing import finish
 
@@ -110,11 +125,9 @@ class BatchAugment:
         Returns:
             uint8 [B, size, size, 3]: a new tensor, or `images` itself if there is no operation to apply.
         """
-        size = self._recipe.size
-        if images.shape != (len(params), size, size, 3) or images.dtype != torch.uint8:
-            raise ValueError(
-                f"expected uint8 [{len(params)}, {size}, {size}, 3], got {images.dtype} {list(images.shape)}"
-            )
+        self._check(images, params)
+        if self._on_cpu:
+            return self._on_cpu.apply_ops(images, params)
         if self._uses_kernels(RANDAUGMENT):
             from pipeline.augment.triton_impl import randaugment
 
@@ -131,6 +144,13 @@ class BatchAugment:
             # Gather whole samples, which is several times faster than scattering their bytes.
             images = torch.cat(results).index_select(0, next(tensors))
         return images
+
+    def _check(self, images: Tensor, params: SampleParams) -> None:
+        size = self._recipe.size
+        if images.shape != (len(params), size, size, 3) or images.dtype != torch.uint8:
+            raise ValueError(
+                f"expected uint8 [{len(params)}, {size}, {size}, 3], got {images.dtype} {list(images.shape)}"
+            )
 
     def _uses_kernels(self, family: str) -> bool:
         return self._kernels and family not in switched_off()

@@ -129,7 +129,7 @@ def test_the_report_compares_augmentation_by_pytorch_and_by_kernels(monkeypatch:
     assert report["RandAugment's bytes"] % (16 * 16 * 3) == 0
     assert 2 * 6 * 16 * 16 * 3 <= report["RandAugment's bytes"] <= 6 * 6 * 16 * 16 * 3
     augment.show(
-        {"machine": {}, "settings": {}, "unit": "", "operations": {}, "recipes": {}, "our own": {}, "on a GPU": report}
+        {"machine": {}, "settings": {}, "unit": "", "operations": {}, "recipes": {}, "draws": {}, "on a GPU": report}
     )
 
 

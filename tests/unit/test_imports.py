@@ -28,6 +28,7 @@ TRITON_FILES = (
 ONLY_IN = {
     "nvidia": {"pipeline/decode/dali_graph.py"},
     "ffcv": {"pipeline/decode/ffcv.py"},
+    "numba": {"pipeline/decode/ffcv.py", "pipeline/augment/numba_impl/compiler.py"},
     "triton": {
         *(f"fat/kernels/impl/{name}.py" for name in TRITON_FILES),
         *(f"fat/kernels/prefill/{room}.py" for room in ("compile_ahead", "compiler", "launches")),
@@ -46,6 +47,7 @@ ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "pipeline/storage", "launch", "fat")
 FOLDER_EXCEPTIONS = {
     "fat/kernels/ops": {"fat/kernels"},
     "fat/kernels/prefill": {"fat/account", "fat/kernels"},
+    "pipeline/augment/numba_impl": {"pipeline/augment"},
     "pipeline/augment/torch_impl": {"pipeline/augment"},
     "pipeline/augment/triton_impl": {"pipeline/augment"},
 }

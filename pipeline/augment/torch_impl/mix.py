@@ -23,11 +23,7 @@ def mix(images: Tensor, params: MixParams) -> Tensor:
         ValueError: B is odd, or there are not B parameters.
     """
     batch, channels, height, width = images.shape
-    if batch % 2 or len(params.lam) != batch:
-        raise ValueError(
-            f"expected an even number of images and as many parameters, got {batch} images and {len(params.lam)} "
-            "parameters"
-        )
+    check_pairs(batch, params)
     lam, cut, box = upload([params.lam, params.use_cutmix, params.box], images.device)
     own = torch.where(cut, 1.0, lam).view(-1, 2, 1, 1)
     y, x, high, wide = box.view(-1, 2, 4, 1).unbind(2)
@@ -44,6 +40,19 @@ def mix(images: Tensor, params: MixParams) -> Tensor:
         mine.addcmul_(partner, 1.0 - own[:, side])
         torch.where(inside[:, side], partner, mine, out=mine)
     return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def check_pairs(batch: int, params: MixParams) -> None:
+    """Check that the images of a batch are pairs and have parameters.
+
+    Raises:
+        ValueError: the number of images is odd, or there are not as many parameters.
+    """
+    if batch % 2 or len(params.lam) != batch:
+        raise ValueError(
+            f"expected an even number of images and as many parameters, got {batch} images and {len(params.lam)} "
+            "parameters"
+        )
 
 
 def mix_targets(labels: Tensor, lam: Tensor | None, num_classes: int, smoothing: float) -> Tensor:

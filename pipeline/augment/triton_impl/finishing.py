@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import rng
 from pipeline.augment.params import MixParams, SampleParams
 from pipeline.augment.recipe import Colour, scale_and_offset
+from pipeline.augment.torch_impl.mix import check_pairs
 from pipeline.augment.transfer import upload
 
 BLOCK, WARPS = 4096, 8  # values per program: 16 bytes of input per thread
@@ -132,13 +133,9 @@ def finish(
         ValueError: rows are mixed and B is odd, or there are not B mixing parameters.
     """
     batch, height, width, _ = images.shape
-    if mixing is not None and (batch % 2 or len(mixing.lam) != batch):
-        raise ValueError(
-            f"expected an even number of images and as many parameters, got {batch} images and {len(mixing.lam)} "
-            "parameters"
-        )
     arrays: list[NDArray[Any]] = [params.erase_boxes, params.erase_keys]
     if mixing is not None:
+        check_pairs(batch, mixing)
         arrays += [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
     boxes, keys, *mix = upload(arrays, images.device)
     lam, use_cutmix, mix_boxes = mix or (None, None, None)
