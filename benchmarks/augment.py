@@ -43,7 +43,7 @@ from launch.machine.provenance import cpu_name
 from pipeline.augment import params as draws
 from pipeline.augment import reference
 from pipeline.augment.ops import Op
-from pipeline.augment.params import SampleParams
+from pipeline.augment.params import MixParams, SampleParams
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.triton_impl import passes
@@ -155,7 +155,7 @@ class Bench:
         ours = BatchAugment(recipe, self.device, workers=self.workers)
         return ours, BatchAugment(recipe, self.device, kernels=False)
 
-    def mixing(self, recipe: AugmentRecipe) -> draws.MixParams:
+    def mixing(self, recipe: AugmentRecipe) -> MixParams:
         return draws.mix_params(recipe, seed=0, step=0, lanes=np.arange(self.batch) // 2)
 
     def _compare(self, **ways: Callable[[], Any]) -> dict[str, float]:
