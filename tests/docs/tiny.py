@@ -22,7 +22,8 @@ def shortened(name: str, arguments: list[str]) -> list[str]:
     script = next((word for word in arguments if word.endswith((".py", "launch.submit"))), "")
     model = [] if "--model" in arguments else FAT
     if script == "launch/train.py":
-        return arguments + model + TRAINING
+        sizes = ["--size-schedule", "0:32"] if "--size-schedule" in arguments else []
+        return arguments + model + TRAINING + sizes
     if name == "pipeline" and arguments[:1] in (["bench"], ["tune"]):
         end = arguments.index("--") if "--" in arguments else len(arguments)
         shorter = ["--steps", "2"] if arguments[0] == "bench" else ["--seconds", "1"]

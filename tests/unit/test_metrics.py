@@ -160,12 +160,14 @@ def test_data_wait_is_the_waiting_time_of_the_device(tmp_path: Path, monkeypatch
         return moment(at=start, elapsed_time=lambda end: 1000 * (end.at - start))
 
     monkeypatch.setattr("pipeline.data_wait.timed_event", mark)
-    monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
     world = World(0, 1, 0, 1, torch.device("cpu"))
+    phase = SimpleNamespace(first_step=0, augment=SimpleNamespace(size=32))
     feed = SimpleNamespace(
         plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)),
         last_step=3,
         classes=10,
+        phases=[phase],
+        phase_at=lambda _: phase,
     )
     engine = SimpleNamespace(world=world, description="")
     clock = iter(range(100))

@@ -202,7 +202,8 @@ def test_one_value_per_channel_is_rejected() -> None:
     world = connect()
 
     def check(rows: int, *options: str) -> None:
-        check_values_per_channel(parse(["--size", "32", *options]), rows, world)
+        recipe = parse(["--size", "32", *options])
+        check_values_per_channel(recipe, recipe.data.size, rows, world)
 
     with pytest.raises(UserError, match="--size 32: one image per forward pass gives BatchNorm one value per channel"):
         check(1)

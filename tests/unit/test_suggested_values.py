@@ -44,7 +44,7 @@ def checked(data: Path, options: Sequence[str], ranks: int) -> None:
     recipe = parse(["--data", str(data), "--size", "64", *options])
     world = World(0, ranks, 0, ranks, torch.device("cpu"))
     feed = Feed.of(recipe, world)
-    check_values_per_channel(recipe, feed.shape.micro_rows, world)
+    check_values_per_channel(recipe, recipe.data.size, feed.shape.micro_rows, world)
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=ranks)
 
 
