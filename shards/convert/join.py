@@ -183,7 +183,7 @@ def _join_split(
         shards=tuple(entries),
         index=index,
         index_hash=digest,
-        pixels=pixels and (beton is None or work.keeps_tars),
+        pixels=pixels and work.keeps_tars,
         beton=beton,
     )
 

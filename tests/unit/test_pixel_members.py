@@ -32,6 +32,7 @@ from shards.errors import ConversionFailed, ShardSetError, UserError
 from shards.format.dataset import ShardSet
 from shards.images.ppm import ppm_header
 from shards.images.rules import ImageRules
+from tests.support.damage import edit_index
 from tests.support.serving import serve
 from tests.support.sets_for_speed import MADE_FOR_SPEED, flip, options, photos, sets, stored
 
@@ -172,6 +173,13 @@ def test_any_changed_byte_is_reported_with_its_file(sets: dict[str, Path], tmp_p
     except ShardSetError as error:
         faults = [str(error)]
     assert any(name in fault for fault in faults)
+
+
+def test_an_index_with_another_size_than_that_of_the_pixels_is_rejected(sets: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(sets["pixels"], tmp_path / "set")
+    edit_index(tmp_path / "set", lambda index: index["size"].__setitem__(3, index["size"][3] - 3))
+    with pytest.raises(ShardSetError, match=r"row 3 has size .*, expected 3 bytes per pixel"):
+        ShardSet(tmp_path / "set").index("train")
 
 
 def test_a_remote_set_of_pixels_is_read_and_verified(sets: dict[str, Path], tmp_path: Path) -> None:
