@@ -71,7 +71,7 @@ def main() -> None:
         "unit": "microseconds per image",
         "operations": {op.title: bench.operation(op) for op in Op},
         "recipes": {name: bench.recipe(name) for name in ("fat", "light")} | {"fat with mixing": bench.mixed()},
-        "draws": bench.draws(),
+        "draws": bench.random_draws(),
     }
     if args.device.startswith("cuda"):
         on_gpu = OnGpu(Bench(args.step_batch, args.size, args.pairs, torch.device(args.device)))
@@ -140,7 +140,7 @@ class Bench:
             ours=lambda: ours(self.images, params, mixing), torch=lambda: plain(self.images, params, mixing)
         )
 
-    def draws(self) -> dict[str, float]:
+    def random_draws(self) -> dict[str, float]:
         """Time the random draws."""
         recipe = augment_recipe("fat", size=self.size)
         lanes = np.arange(self.batch) // 16
