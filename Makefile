@@ -27,7 +27,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants lint audit docs bench gpu clean
+.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants lint audit docs peers bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +107,13 @@ audit:           ## check the pinned packages for known vulnerabilities
 docs: $(FOR_TESTS)  ## the documentation as a site, in site/
 	$(BIN)/python docs/reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# --no-deps, because mosaicml-streaming allows neither the pinned NumPy nor the pinned transformers. These packages, and
+# those of `make test`, are all that the loaders import. SPDL decodes with the system's FFmpeg (apt: ffmpeg).
+PEERS := mosaicml-streaming litdata spdl spdl-core spdl-io grain array-record etils portpicker cloudpickle obstore \
+	Brotli zstd python-snappy cramjam catalogue
+peers: $(FOR_TESTS)  ## install the loaders of other projects, which benchmarks/loader.py compares with ours
+	@$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/peers $(PEERS)
 
 bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (half an hour)
 	$(BIN)/python benchmarks/loader.py --out $(OUT)/loader.json

@@ -5,7 +5,7 @@ tests/unit/test_cuda_graphs.py tests the same with a CPU replacement for CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -35,16 +35,26 @@ def fat_model() -> nn.Module:
     return fat.create_model(CONFIG)
 
 
-def train(*options: str, accumulation: int = 1, create: Callable[[], nn.Module] = fat_model) -> dict[str, Any]:
-    """Train a few steps, with an evaluation in between and one at the end, and return the results."""
+def train(
+    *options: str,
+    accumulation: int = 1,
+    create: Callable[[], nn.Module] = fat_model,
+    shapes: Sequence[InputShape] = (),
+) -> dict[str, Any]:
+    """Train a few steps, with an evaluation in between and one at the end, and return the results.
+
+    Step n has batches of shape number n of `shapes`, which are repeated.
+    """
+    shapes = shapes or [InputShape(ROWS, SIDE, accumulation)]
     recipe = parse(["--size", str(SIDE), "--zero", "0", *options])
     torch.manual_seed(0)
     world = World(0, 1, 0, 1, torch.device("cuda", 0))
-    engine = Engine(create(), recipe, world, shapes=[InputShape(ROWS, SIDE, accumulation)])
+    engine = Engine(create(), recipe, world, shapes=shapes)
     results, evaluations = [], []
     for step in range(STEPS):
-        numbers = range(step * accumulation, (step + 1) * accumulation)
-        batches = [random_batch(n, range(ROWS), device="cuda", size=SIDE) for n in numbers]
+        shape = shapes[step % len(shapes)]
+        numbers = range(step * shape.accumulation, (step + 1) * shape.accumulation)
+        batches = [random_batch(n, range(shape.rows), device="cuda", size=shape.size) for n in numbers]
         results.append(engine.step(batches, step=step, lr=1e-3))
         if step in (1, STEPS - 1):
             evaluations.append(engine.evaluate([random_batch(100, range(ROWS + 2), device="cuda", size=SIDE)]))
@@ -84,6 +94,15 @@ def test_replayed_training_equals_eager_training(options: tuple[str, ...], accum
     assert replayed["notes"] == []
     assert replayed["compile"] == "cudagraphs: forward and backward of 6 parts"
     assert_close(replayed, train("--compile", "off", *options, accumulation=accumulation), tolerance)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replays_of_several_shapes_equal_eager_training(accumulation: int) -> None:
+    shapes = [InputShape(2 * ROWS, SIDE // 2, 1, 0.5), InputShape(ROWS, SIDE, accumulation)]
+    replayed = train("--precision", "fp32", "--ema", "0.9", shapes=shapes)
+    assert replayed["notes"] == []
+    assert replayed["compile"] == "cudagraphs: forward and backward of 6 parts"
+    assert_close(replayed, train("--compile", "off", "--precision", "fp32", "--ema", "0.9", shapes=shapes), 1e-2)
 
 
 def test_captured_gradients_are_eager_gradients_of_the_same_drop_path() -> None:
