@@ -113,7 +113,7 @@ class LoaderOptions:
     read_ahead: Annotated[Ahead | None, default("4")] = None
     """Batches that are read ahead of the decoder."""
     decode_threads: Annotated[DecodeThreads | None, default("the machine's cores divided among its ranks")] = None
-    """Threads that decode images, per rank."""
+    """Threads that decode images, and on a CPU as many threads that augment them, per rank."""
     decode_ahead: Annotated[AtLeastOneAhead | None, default("2")] = None
     """Batches that are decoded concurrently."""
     ready: AtLeastOneAhead = 2
