@@ -24,6 +24,7 @@ from pipeline.batch_shape import BatchShape, check_enough_samples
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.phases.train_phase import TrainPhase, phase_at, phases_of
 from pipeline.plan import EvalPlan, TrainPlan
+from pipeline.storage.memory_cache.shared_pixels import SharedPixels
 from shards.format.dataset import ShardSet
 
 # Larger batches need more memory and do not make evaluation faster.
@@ -202,11 +203,14 @@ class Feed:
         """Return whether a run with this progress does no further steps: all are done, or the target is reached."""
         return progress.step >= self.last_step or progress.reached(self.recipe.run.target_top1)
 
-    def train_loader(self, *, step: int, dtype: torch.dtype, epochs: int | None = None) -> TrainLoader:
+    def train_loader(
+        self, *, step: int, dtype: torch.dtype, epochs: int | None = None, memory_cache: SharedPixels | None = None
+    ) -> TrainLoader:
         """Return a loader of this rank's micro-batches from optimizer step `step` to the end of training.
 
         Args:
             epochs: number of epochs after which the loader ends instead, counted from the start of training.
+            memory_cache: see `TrainLoader`.
         """
         return TrainLoader(
             self.dataset,
@@ -220,6 +224,7 @@ class Feed:
             options=self.loader_options,
             kernels=fat.kernels.mode() != "off",
             phases=self.phases,
+            memory_cache=memory_cache,
         )
 
     @contextmanager

@@ -55,6 +55,8 @@ class BackgroundLoader(ABC):
 
     Args:
         caches: whether to use the memory cache, if the options ask for it.
+        memory_cache: use the cache of another loader of this process with the same set, seed and options, which stays
+            open at least as long as this loader. None: open one.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class BackgroundLoader(ABC):
         rank: int,
         world: int,
         caches: bool = False,
+        memory_cache: SharedPixels | None = None,
     ) -> None:
         device = resolve_device(device)
         self._loader = resolve_loader(options, dataset.split(split))
@@ -89,6 +92,7 @@ class BackgroundLoader(ABC):
             budget, short_side = int(options.memory_cache * GIB), options.memory_cache_short_side
             self._layout = CacheLayout.of(dataset.index(split), budget=budget, short_side=short_side, seed=seed)
         self._memory_cache: SharedPixels | None = None
+        self._cache_of_other = memory_cache
         self._cache_use = CacheUse()
         self._gpu_cache: DecodedCache | None = None
         self._prefetcher: Prefetcher[Batch] | None = None
@@ -119,6 +123,11 @@ class BackgroundLoader(ABC):
     def bad_samples(self) -> int:
         """Number of distinct bad samples found so far, including those in batches that are not delivered yet."""
         return self._bad.count
+
+    @property
+    def memory_cache(self) -> SharedPixels | None:
+        """The memory cache, which `close` closes; None if the options do not ask for one."""
+        return self._memory_cache
 
     @property
     def cache_use(self) -> CacheUse | None:
@@ -182,9 +191,9 @@ class BackgroundLoader(ABC):
     def close(self) -> None:
         """Stop the background threads and release memory and file descriptors. Idempotent."""
         self._stop()
-        if self._memory_cache is not None:
+        if self._memory_cache is not None and self._cache_of_other is None:
             self._memory_cache.close()
-            self._memory_cache = None
+        self._memory_cache = None
 
     def _stop(self) -> None:
         """Stop the background threads. The memory cache is kept."""
@@ -209,7 +218,7 @@ class BackgroundLoader(ABC):
     def _open_cache(self) -> None:
         """Open the memory cache, if it is used and not open. Collective (`open_node_cache`)."""
         if self._layout is not None and self._memory_cache is None:
-            self._memory_cache = open_node_cache(self._layout, world=self.world)
+            self._memory_cache = self._cache_of_other or open_node_cache(self._layout, world=self.world)
 
     def _start(self) -> Prefetcher[Batch]:
         self._open_cache()

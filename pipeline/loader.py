@@ -27,6 +27,7 @@ from pipeline.loaders.epochs import EpochLoader
 from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.phases.train_phase import TrainPhase, check_phases
 from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
+from pipeline.storage.memory_cache.shared_pixels import SharedPixels
 from pipeline.synthetic import synthetic_batches
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
@@ -65,6 +66,8 @@ class TrainLoader(EpochLoader):
         num_classes: number of classes of `Batch.targets` if they are mixed or smoothed. None: that of the set.
         phases: image size, augmentation and micro-batch size by step, for progressive resizing (`phases_of`). Batches
             change between steps, without a pause. Empty: `shape` and `augment` at all steps.
+        memory_cache: use the cache of another loader with the same set, seed and options, which is closed after this
+            one. None: open one, if `options` asks for it.
 
     Raises:
         UserError: there is no such device, or `label_smoothing` or `num_classes` is out of range.
@@ -101,6 +104,7 @@ class TrainLoader(EpochLoader):
         label_smoothing: float = 0.0,
         num_classes: int | None = None,
         phases: Sequence[TrainPhase] = (),
+        memory_cache: SharedPixels | None = None,
     ) -> None:
         phases = tuple(phases) or (TrainPhase(first_step=0, augment=augment, shape=shape),)
         check_phases(phases, shape, augment)
@@ -119,6 +123,7 @@ class TrainLoader(EpochLoader):
             device=device,
             dtype=dtype,
             options=options or LoaderOptions(),
+            memory_cache=memory_cache,
         )
         self._kernels = kernels
         self._targets = TargetOptions(num_classes=num_classes or classes, label_smoothing=label_smoothing)

@@ -26,6 +26,7 @@ from launch.teacher import load_teacher
 from pipeline.decode.choose import resolve_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
+from pipeline.storage.memory_cache.shared_pixels import SharedPixels
 from shards.cores import cores as usable_cores
 from shards.files.output import write_output
 from shards.progress import Phases
@@ -66,8 +67,14 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
     recipe, device = feed.recipe, engine.world.device
     batch, ahead, cores = feed.shape.micro_rows, feed.loader_options.settings.ahead, usable_cores()
 
+    # A memory cache is measured as it is from the second epoch on: filled with the images of the measured steps.
+    first = feed.train_loader(step=0, dtype=engine.input_dtype)
+    cache = first.memory_cache
+    for _ in range(0 if cache is None else steps + 2 * ahead):
+        next(first)
+
     def loader() -> TrainLoader:
-        return feed.train_loader(step=0, dtype=engine.input_dtype)
+        return feed.train_loader(step=0, dtype=engine.input_dtype, memory_cache=cache)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -77,12 +84,12 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
         begin=progress.begin,
     )  # fmt: skip
     memory = _memory(device)
-    with loader() as batches:
-        resolved = resolved | batches.resolved
+    resolved = resolved | first.resolved
     progress.begin("reading without decoding")
     reading = _reading(feed, steps, ahead)
     progress.begin("decoding without augmentation")
-    decoding = _decoding(feed, engine, steps, ahead)
+    decoding = _decoding(feed, engine, steps, ahead, cache)
+    first.close()
     progress.begin("host cost of each decode path")
     paths = measure_paths(feed, dtype=engine.input_dtype, steps=steps)
     progress.begin("computing the roofline")
@@ -126,10 +133,10 @@ def _reading(feed: Feed, steps: int, ahead: int) -> float:
         return steps * len(rows) / (time.perf_counter() - start)
 
 
-def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
+def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int, cache: SharedPixels | None) -> float:
     """Measure the images/s of reading, decoding, cropping, flipping and normalizing, without further augmentation."""
     plain = without_augmentation(feed)
-    with plain.train_loader(step=0, dtype=engine.input_dtype) as batches:
+    with plain.train_loader(step=0, dtype=engine.input_dtype, memory_cache=cache) as batches:
         for _ in range(ahead):
             next(batches)
         return run(batches, None, steps=steps, batch=feed.shape.micro_rows, device=engine.world.device).rate

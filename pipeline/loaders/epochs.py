@@ -12,6 +12,7 @@ from pipeline.batch import Batch
 from pipeline.options import LoaderOptions
 from pipeline.phases.train_phase import TrainPhase, phase_at
 from pipeline.plan import Position, TrainPlan
+from pipeline.storage.memory_cache.shared_pixels import SharedPixels
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 
@@ -26,7 +27,7 @@ class EpochLoader(BackgroundLoader):
     epochs. In both cases the batches of the next epoch are prefetched while the last ones of an epoch are consumed.
 
     Args:
-        dataset, split, device, dtype, options: see `BackgroundLoader`.
+        dataset, split, device, dtype, options, memory_cache: see `BackgroundLoader`.
         plan: the order of the samples.
         phases: image size, augmentation, and rows of each global batch that this rank delivers, by step.
         epochs: number of epochs, counted from the start of training. None: unlimited.
@@ -45,6 +46,7 @@ class EpochLoader(BackgroundLoader):
         device: torch.device | str | None,
         dtype: torch.dtype,
         options: LoaderOptions,
+        memory_cache: SharedPixels | None = None,
     ) -> None:
         super().__init__(
             dataset,
@@ -56,6 +58,7 @@ class EpochLoader(BackgroundLoader):
             rank=phases[0].shape.rank,
             world=phases[0].shape.world,
             caches=True,
+            memory_cache=memory_cache,
         )
         self._plan, self._phases = plan, phases
         self._epochs = UNLIMITED_EPOCHS if epochs is None else epochs

@@ -364,3 +364,18 @@ def test_the_jobs_that_decoders_get_are_complete(photos: Path) -> None:
             assert labels[0] == labels[1]
             assert dataclasses.replace(found, encoded=job.encoded, window=job.window) == job
     cache.close()
+
+
+def test_a_loader_can_use_the_cache_of_another_one(photos: Path) -> None:
+    with loader(photos, memory_cache=WHOLE_SET) as first:
+        expected = list(first.stream())
+        second = TrainLoader(
+            first._dataset, first._plan, first._shape, LIGHT, epochs=2, device=CPU, options=first._options,
+            memory_cache=first.memory_cache,
+        )  # fmt: skip
+        with second:
+            assert_equal_batches(list(second.stream()), expected)
+            assert second.cache_use is not None
+            assert second.cache_use.hits == second.cache_use.samples
+        assert first.memory_cache is not None
+        assert first.memory_cache.used()[0] > 0
