@@ -17,6 +17,7 @@ its documentation recommends for speed, without a GPU except for DALI and FFCV:
   transforms as torchvision's row
 - Grain: ArrayRecord files, worker processes, the same decoding and transforms
 - PIL: a DataLoader over the files, with the same crop windows as ours
+- ours, pixels: the same photos stored as pixels with a short side of 256, and read from the page cache
 
 `make peers` installs the libraries. Rows of missing libraries are omitted, with the reason. Use an otherwise idle
 machine.
@@ -46,7 +47,10 @@ from benchmarks.loaders import ours, threads, torch_workers
 from benchmarks.loaders.work import BATCH, SIZE, NotInstalled, Photos
 from launch.cli import main as pipeline
 
-FULL = "ours, DALI, fat"
+FULL, PIXELS = "ours, DALI, fat", "ours, pixels"
+OTHER_WORK = (FULL, PIXELS)
+"""Rows that augment more, or do not decode JPEGs."""
+WARM_UP = 24 * BATCH  # until the buffers of all batches ahead have been used once
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,13 @@ class Options:
     """Write the results to this JSON file."""
 
 
-def all_loaders(photos: Photos, device: torch.device) -> dict[str, Maker]:
+def all_loaders(photos: Photos, pixels: Photos, device: torch.device) -> dict[str, Maker]:
     """Return the loaders by name; those of this project first."""
     return {
         "ours, DALI": partial(ours.ours, photos, device, "dali"),
         "ours, FFCV": partial(ours.ours, photos, device, "ffcv"),
         FULL: partial(ours.ours, photos, device, "dali", "fat"),
+        PIXELS: partial(ours.ours, pixels, device, "dali"),
         "DALI's own": partial(ours.dali, photos, device),
         "FFCV's own": partial(ours.ffcv, photos, device),
         "SPDL, FFmpeg": partial(threads.spdl_ffmpeg, photos),
@@ -98,22 +103,28 @@ def main() -> None:
             form = ["--shard-size", "32", *(["--format", "both"] if has_ffcv else [])]
             assert pipeline(["sample", "photos", str(photos.files), "--count", str(options.count)]) == 0
             assert pipeline(["shard", str(photos.files), "--out", str(photos.shards), *form]) == 0
-        makers = all_loaders(photos, device)
+        pixels = Photos(photos.files, folder / "photos-pixels")
+        if not pixels.shards.exists():
+            form = ["--shard-size", "32", "--pixels", "--short-side", "256"]
+            assert pipeline(["shard", str(photos.files), "--out", str(pixels.shards), *form]) == 0
+        makers = all_loaders(photos, pixels, device)
         makers, missing = installed({name: makers[name] for name in options.loaders or makers})
-        turns = run_interleaved(makers, rounds=options.rounds, units=options.images, warm_up=8 * BATCH)
+        turns = run_interleaved(makers, rounds=options.rounds, units=options.images, warm_up=WARM_UP)
     result: dict[str, Any] = {
         "machine": machine(device),
         "settings": {"batch": BATCH, "size": SIZE, "rounds": options.rounds, "images": options.images},
         "medians": medians(turns),
         "not_installed": missing,
     }
-    rates = {name: figures["rate"] for name, figures in result["medians"].items() if name != FULL}
+    rates = {name: figures["rate"] for name, figures in result["medians"].items() if name not in OTHER_WORK}
     fastest = max((name for name in rates if name.startswith("ours")), key=rates.__getitem__, default=None)
     peers = sorted((name for name in rates if not name.startswith("ours")), key=rates.__getitem__, reverse=True)
     if fastest is not None:
         result["ratios"] = {f"{fastest} / {name}": ratio(turns, fastest, name) for name in peers}
         if fastest != "ours, FFCV" and {"ours, FFCV", "FFCV's own"} <= rates.keys():
             result["ratios"]["ours, FFCV / FFCV's own"] = ratio(turns, "ours, FFCV", "FFCV's own")
+    if {PIXELS, "ours, DALI"} <= turns.keys():
+        result.setdefault("ratios", {})["ours, pixels / ours, DALI"] = ratio(turns, PIXELS, "ours, DALI")
     if {FULL, "ours, DALI"} <= turns.keys():
         found = result["medians"]
         result["fat_beyond_decoding_us"] = 1e6 * (found[FULL]["cpu"] - found["ours, DALI"]["cpu"])
