@@ -113,12 +113,7 @@ class TrainingLoop:
         """Check and log the steps since the last call. Waits for the device."""
         self.metrics.print(*(f"warning: {fact}" for fact in (*self.guards.check(), *self.folder.save_errors())))
         loader = self.train_loader
-        self.metrics.log_interval(
-            skipped=self.guards.skipped,
-            replaced=loader.bad_samples,
-            cache=loader.cache_use,
-            gpu_cache_hits=loader.gpu_cache_hit_rate,
-        )
+        self.metrics.log_interval(skipped=self.guards.skipped, replaced=loader.bad_samples, cache=loader.cache_use)
 
     def save(self) -> None:
         """Start to write a checkpoint."""

@@ -131,14 +131,12 @@ class BackgroundLoader(ABC):
 
     @property
     def cache_use(self) -> CacheUse | None:
-        """How many samples this loader has prepared, how many of them the memory cache had, and its size; else None."""
+        """How many samples this loader has prepared, how many of them its cache of decoded images had, and the bytes of
+        this cache, in the memory of the node or of the GPU; None: there is no cache."""
+        if self._gpu_cache is not None:
+            return self._gpu_cache.use
         cache = self._memory_cache
         return None if cache is None else dataclasses.replace(self._cache_use, stored_bytes=cache.used()[1])
-
-    @property
-    def gpu_cache_hit_rate(self) -> float | None:
-        """Fraction of the images so far that the GPU's cache of decoded images had. None: there is no cache."""
-        return None if self._gpu_cache is None else self._gpu_cache.hit_rate
 
     @property
     def resolved(self) -> dict[str, str]:
@@ -164,8 +162,8 @@ class BackgroundLoader(ABC):
         if layout is None:
             return {}
         size = "" if side is None else f", short side at most {side}"
-        share = f"{layout.kept:,} of {len(layout.offsets):,} images ({layout.kept / len(layout.offsets):.1%})"
-        return {"memory cache": f"{layout.size / GIB:.3g} GiB per node: {share}{size}"}
+        kept = f"{layout.kept:,} of {len(layout.offsets):,} images ({layout.kept / len(layout.offsets):.1%})"
+        return {"memory cache": f"{layout.size / GIB:.3g} GiB per node: {kept}{size}"}
 
     def __next__(self) -> Batch:
         if self._prefetcher is None:

@@ -134,6 +134,8 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         self.skip_budget  # noqa: B018 - raises UserError if `bad_samples` is invalid
+        if self.memory_cache and self.dali.gpu_cache:
+            raise UserError("--memory-cache, --gpu-cache: both cache decoded images; use one of them")
 
     @property
     def settings(self) -> LoaderSettings:

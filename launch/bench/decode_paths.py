@@ -17,6 +17,7 @@ from pipeline.decode.choose import make_decoder, resolve_loader
 from pipeline.decode.decoded_cache import image_bytes
 from pipeline.plan import TrainPlan
 from pipeline.stage_trace import StageTrace
+from pipeline.storage.placement import stored_pixels
 from shards.errors import UserError
 from shards.memory import GIB
 
@@ -48,19 +49,27 @@ def decode_paths(feed: Feed, steps: int) -> list[DecodePath]:
     Args:
         steps: batches that a path with a cache repeats.
     """
-    loader = resolve_loader(feed.recipe.data.loader, feed.dataset.split("train"))
+    options, split = feed.recipe.data.loader, feed.dataset.split("train")
+    loader = resolve_loader(options, split)
     if loader == "synthetic":
         return []
+    no_cache: dict[str, Any] = {"memory_cache": 0.0, "gpu_cache": None}
     paths = []
-    if loader == "dali":
-        window: dict[str, Any] = {"loader": "dali", "decode": "window", "gpu_cache": None, "cpu_decode": 0.0}
-        whole = window | {"decode": "whole"}
-        paths += [DecodePath("window", window), DecodePath("whole", whole)]
-        paths += [DecodePath("whole, cached", whole | {"gpu_cache": cache_for(feed, steps)}, repeats=True)]
-        if feed.world.device.type == "cuda":
-            paths += [DecodePath("window, CPU", window | {"cpu_decode": 1.0})]
-    if _ffcv_is_installed(feed):
-        paths += [DecodePath("whole, FFCV", {"loader": "ffcv", "gpu_cache": None})]
+    if stored_pixels(split, beton=loader == "ffcv") == "all":
+        paths.append(DecodePath("stored pixels", no_cache))
+    else:
+        if loader == "dali":
+            window = no_cache | {"loader": "dali", "decode": "window", "cpu_decode": 0.0}
+            whole = window | {"decode": "whole"}
+            cached = whole | {"gpu_cache": cache_for(feed, steps)}
+            paths += [DecodePath("window", window), DecodePath("whole", whole)]
+            paths.append(DecodePath("whole, cached", cached, repeats=True))
+            if feed.world.device.type == "cuda":
+                paths.append(DecodePath("window, CPU", window | {"cpu_decode": 1.0}))
+        if _ffcv_is_installed(feed):
+            paths.append(DecodePath("whole, FFCV", no_cache | {"loader": "ffcv"}))
+    if options.memory_cache:
+        paths.append(DecodePath("memory cache", {}, repeats=True))
     return paths
 
 

@@ -192,16 +192,13 @@ class Metrics:
             self._first_step_seconds = round(time.perf_counter() - self._interval_started, 4)
             self.view.phase = ""
 
-    def log_interval(
-        self, *, skipped: int, replaced: int, cache: CacheUse | None = None, gpu_cache_hits: float | None = None
-    ) -> None:
+    def log_interval(self, *, skipped: int, replaced: int, cache: CacheUse | None = None) -> None:
         """Write a line about the steps since the last interval. Collective; waits for the device.
 
         Args:
             skipped: number of updates skipped so far.
             replaced: number of damaged samples that this rank has replaced so far.
-            cache: use of the memory cache by this rank so far. None: there is no cache.
-            gpu_cache_hits: fraction of this rank's images that its GPU's cache had. None: there is no such cache.
+            cache: use of the cache of decoded images by this rank so far. None: there is no cache.
         """
         if not self._results:
             return
@@ -236,7 +233,6 @@ class Metrics:
             "replaced": int(replaced_by_all),
             "cache_hits": round(hits / samples, 4) if samples else None,
             "cache_bytes": None if cache is None else cache.stored_bytes,
-            **({} if gpu_cache_hits is None else {"gpu_cache_hits": round(gpu_cache_hits, 4)}),
         }
         self._first_step_seconds = None
         epoch = self._plan.at(self.step - 1).epoch + 1

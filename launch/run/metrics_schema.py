@@ -123,11 +123,9 @@ class Train(Line):
     replaced: Count = 0
     """Damaged samples that all ranks have replaced so far in this start."""
     cache_hits: Fraction | None = None
-    """Fraction of the samples that the memory cache had, over all ranks; None: there is no cache."""
+    """Fraction of the samples that the memory cache or the GPU caches had, over all ranks; None: there is no cache."""
     cache_bytes: Count | None = None
-    """Bytes of the images in the memory cache of rank 0's node."""
-    gpu_cache_hits: Fraction | None = None
-    """Fraction of rank 0's images in this start that came from --gpu-cache; None: there is no such cache."""
+    """Bytes of the images in the memory cache of rank 0's node, or in the cache of rank 0's GPU."""
 
 
 class EpochStop(Line):

@@ -7,13 +7,14 @@ DALI's own cache (`cache_size`) cannot be used: it identifies an image by the fi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.decode.cached import CacheUse
 from pipeline.decode.dali_graph import wrap_for_dali
 from pipeline.plan import Ids
 from shards.errors import UserError
@@ -64,22 +65,19 @@ class DecodedCache:
         self._stored: dict[int, _Stored] = {}
         self.nothing = wrap_for_dali(torch.zeros(1, 1, CHANNELS, dtype=torch.uint8, device=device))
         """An image of one pixel, for rows that are not cached."""
-        self.hits = 0
-        """Number of images that the cache has delivered."""
-        self.requests = 0
-        """Number of images that were requested."""
+        self._use = CacheUse()
 
     @property
-    def hit_rate(self) -> float:
-        """Fraction of the requested images that the cache has delivered; 0 before the first request."""
-        return self.hits / max(1, self.requests)
+    def use(self) -> CacheUse:
+        """Numbers of samples requested and delivered so far, and bytes that are reserved for images."""
+        return replace(self._use, stored_bytes=self._used)
 
     def take(self, ids: Ids) -> tuple[NDArray[np.bool_], list[Any]]:
         """Return which samples are cached, bool [n], and their images for DALI (`nothing` for the others)."""
         found = [self._stored.get(sample) for sample in ids.tolist()]
         hit = np.array([stored is not None and stored.written for stored in found])
-        self.hits += int(hit.sum())
-        self.requests += len(ids)
+        self._use.hits += int(hit.sum())
+        self._use.samples += len(ids)
         return hit, [stored.for_dali if stored and stored.written else self.nothing for stored in found]
 
     def reserve(self, ids: Ids, heights: NDArray[np.integer], widths: NDArray[np.integer]) -> list[int]:

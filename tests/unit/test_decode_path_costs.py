@@ -30,9 +30,9 @@ def feed_of(data: Path, *options: str, device: torch.device = CPU) -> Feed:
 
 def test_every_decode_path_of_the_machine_is_measured(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_paths, "_ffcv_is_installed", lambda _: False)
-    feed = feed_of(digits, "--augment", "fat")
+    feed = feed_of(digits, "--augment", "fat", "--memory-cache", "0.1")
     found = measure_paths(feed, dtype=torch.float32, steps=2)
-    assert list(found) == ["window", "whole", "whole, cached"]
+    assert list(found) == ["window", "whole", "whole, cached", "memory cache"]
     assert all(cost.rate > 0 and 0 < cost.cpu < 1 for cost in found.values())
 
 
@@ -41,6 +41,8 @@ def test_paths_that_the_machine_does_not_have_are_left_out(digits: Path, monkeyp
     names = [path.name for path in decode_paths.decode_paths(feed_of(digits, "--loader", "ffcv"), 1)]
     assert names == ["whole, FFCV"]
     assert decode_paths.decode_paths(feed_of(digits, "--loader", "synthetic"), 1) == []
+    with_memory_cache = decode_paths.decode_paths(feed_of(digits, "--memory-cache", "0.1"), 1)
+    assert [path.name for path in with_memory_cache if path.repeats] == ["whole, cached", "memory cache"]
     gpu = feed_of(digits, device=torch.device("cuda", 0))
     assert "window, CPU" in [path.name for path in decode_paths.decode_paths(gpu, 1)]
 

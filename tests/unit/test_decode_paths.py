@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.batch import Batch
 from pipeline.batch_shape import BatchShape
+from pipeline.decode.cached import CacheUse
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.decoded_cache import DecodedCache, describe_capacity, image_bytes
 from pipeline.decode.hardware import rows_decoded_on_cpu
@@ -133,7 +134,7 @@ def test_the_graph_for_gpus_gives_the_same_pixels_with_a_cache(mib: float, cpu_d
         sizes, PHOTOS, evaluation=False, window=WINDOWS, flip=FLIPS, settings=chosen, cache=cache
     )
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert (cache.hits > 0) == (mib > 1)
+    assert (cache.use.hits > 0) == (mib > 1)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -174,8 +175,7 @@ def test_the_first_images_that_fit_stay_and_are_the_only_hits() -> None:
     assert hit.tolist() == [True, False, True, True]
     assert np.array_equal(np.asarray(images[0]), pixels[3].numpy())
     assert np.array_equal(np.asarray(images[3]), pixels[0].numpy())
-    assert cache.hits == 3
-    assert cache.hit_rate == 3 / 12
+    assert cache.use == CacheUse(samples=12, hits=3, stored_bytes=size)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -202,8 +202,9 @@ def test_the_hits_are_those_that_the_plan_predicts(digits: Path, monkeypatch: py
                     stored.add(sample)
                     used += need
         assert 0 < len(stored) < len(index)
-        assert cache.hits == hits > 0
-        assert cache.requests == sum(len(batch.ids) for batch in batches)
+        requested = sum(len(batch.ids) for batch in batches)
+        assert cache.use == CacheUse(samples=requested, hits=hits, stored_bytes=used)
+        assert hits > 0
 
 
 def test_the_expected_rate_of_hits_follows_the_size_and_the_number_of_ranks() -> None:
@@ -222,14 +223,16 @@ def test_the_loader_reports_its_cache(digits: Path) -> None:
     with TrainLoader(dataset, plan, shape, LIGHT, epochs=2, device=CPU, options=options) as loader:
         assert "expected hit rate 100.0%" in loader.resolved["cache of decoded images"]
         assert loader.resolved["loader"] == "dali on CPUs, whole images"
-        assert loader.gpu_cache_hit_rate is None
+        assert loader.cache_use is None
         for _ in range(2 * plan.steps_per_epoch - 1):
             next(loader)
-        assert loader.gpu_cache_hit_rate is not None
-        assert 0 < loader.gpu_cache_hit_rate <= 0.5
+        use = loader.cache_use
+        assert use is not None
+        assert 0 < 2 * use.hits <= use.samples
+        assert use.stored_bytes > 0
     with TrainLoader(dataset, plan, shape, LIGHT, device=CPU) as loader:
         assert "cache of decoded images" not in loader.resolved
-        assert loader.gpu_cache_hit_rate is None
+        assert loader.cache_use is None
 
 
 # -- rows decoded on the CPU ----
