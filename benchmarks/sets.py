@@ -38,7 +38,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.interleaved import machine, medians, run_interleaved
-from benchmarks.loader import ours
+from benchmarks.loaders.ours import ours
+from benchmarks.loaders.work import Photos
 from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows
 from pipeline.augment.recipe import augment_recipe
@@ -197,7 +198,7 @@ def main(options: Options) -> None:
         for name, arguments in SETS.items():
             out = ["--out", f"{root / name}", "--shard-size", "8", "--workers", "1"]
             pipeline(["shard", f"{root / 'photos'}", *out, *arguments])
-        makers = {name: partial(ours, ShardSet(root / name), cpu, "auto") for name in SETS}
+        makers = {name: partial(ours, Photos(root / "photos", root / name), cpu, "auto") for name in SETS}
         turns = run_interleaved(makers, rounds=options.rounds, units=options.images, warm_up=options.images // 4)
         loaders = medians(turns)
         original = Original(decode_set(root / "original JPEGs").images)

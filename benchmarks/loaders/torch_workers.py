@@ -93,7 +93,7 @@ def mosaicml(photos: Photos) -> Iterator[int]:
                 writer.write({"image": path.read_bytes(), "label": label})
     streaming.base.util.clean_stale_shared_memory()
 
-    class Images(streaming.StreamingDataset):  # type: ignore[name-defined, misc]
+    class Images(streaming.StreamingDataset):  # type: ignore[name-defined]
         def __getitem__(self, at: int) -> tuple[Tensor, int]:
             return load_sample(super().__getitem__(at))
 
