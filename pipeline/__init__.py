@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.loader import EvalLoader, TrainLoader
     from pipeline.loaders.factory import eval_loader, train_loader
     from pipeline.options import DaliOptions, LoaderOptions
+    from pipeline.phases.size_schedule import SizeSchedule
+    from pipeline.phases.train_phase import TrainPhase, phases_of
     from pipeline.plan import EvalPlan, Position, TrainPlan
     from pipeline.sampling.selection import select
     from pipeline.storage.remote.shard_set import open_set
@@ -44,12 +46,15 @@ _DEFINED_IN = {
     "Position": "pipeline.plan",
     "ShardSet": "shards.format.dataset",
     "ShardSetError": "shards.errors",
+    "SizeSchedule": "pipeline.phases.size_schedule",
     "TrainLoader": "pipeline.loader",
+    "TrainPhase": "pipeline.phases.train_phase",
     "TrainPlan": "pipeline.plan",
     "UserError": "shards.errors",
     "augment_recipe": "pipeline.augment.recipe",
     "eval_loader": "pipeline.loaders.factory",
     "open_set": "pipeline.storage.remote.shard_set",
+    "phases_of": "pipeline.phases.train_phase",
     "select": "pipeline.sampling.selection",
     "train_loader": "pipeline.loaders.factory",
 }
@@ -67,12 +72,15 @@ __all__ = [
     "Position",
     "ShardSet",
     "ShardSetError",
+    "SizeSchedule",
     "TrainLoader",
+    "TrainPhase",
     "TrainPlan",
     "UserError",
     "augment_recipe",
     "eval_loader",
     "open_set",
+    "phases_of",
     "select",
     "train_loader",
 ]
