@@ -17,8 +17,8 @@ def compiled(function: Callable[..., Any]) -> Any:
 def cached(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, and keep its machine code.
 
-    It is stored in `__pycache__` beside the function's file or, if that is not writable, in the user's cache folder. It
-    is compiled again if the file changes, but not if only a function that it calls changes: keep these in one file.
+    It is stored in `__pycache__` next to the function's file or, if that is not writable, in the user's cache folder.
+    It is compiled again if the file changes, but not if only a function that it calls changes: keep these in one file.
     """
     result = compiled(function)
     with contextlib.suppress(RuntimeError):  # neither folder can be written
