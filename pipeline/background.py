@@ -82,10 +82,9 @@ class BackgroundLoader(ABC):
         self.rank, self.world = rank, world
         self.stage_trace = StageTrace()
         """Records the loader's stages and queues between its `start` and `stop`."""
-        if self._loader == "ffcv" and options.settings.gpu_cache:
-            raise UserError(
-                f"--gpu-cache {options.settings.gpu_cache:g}: only DALI's decoder caches images; use --loader dali"
-            )
+        if options.settings.gpu_cache and (self._loader != "dali" or self._pixels != "none"):
+            what = "stored pixels are not decoded" if self._pixels != "none" else "only --loader dali caches images"
+            raise UserError(f"--gpu-cache {options.settings.gpu_cache:g}: {what}; omit this option")
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._layout: CacheLayout | None = None
         if options.memory_cache and caches and self._loader != "synthetic":
@@ -277,6 +276,7 @@ class BackgroundLoader(ABC):
     ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
         """Decode, crop, resize and flip images; yield [n, job.size, job.size, 3] on the device (see `Decoder`)."""
         settings, cache, pixels = self._settings, self._memory_cache, self._pixels
+        self._gpu_cache = None if evaluation else make_cache(settings.gpu_cache, self._device)
         jobs = ((each.job, each) for each in prepared)
         if cache is not None:
             fill = CachedPixels(
@@ -290,8 +290,6 @@ class BackgroundLoader(ABC):
             jobs = fill.run(jobs)
             if pixels != "all":
                 pixels = "all" if cache.layout.keeps_all else "some"
-        cached = self._loader == "dali" and not evaluation and pixels != "all"
-        self._gpu_cache = make_cache(settings.gpu_cache, self._device) if cached else None
         decoder = make_decoder(
             self._loader,
             self._options,

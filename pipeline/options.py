@@ -1,8 +1,8 @@
 """Options of the loaders: decoder, threads, queue sizes and the handling of bad samples.
 
 They do not change which samples, crops and augmentations a loader delivers. Pixel values depend on the decoder
-(`loader` and `DaliOptions`), because decoders round differently, and on `memory_cache_short_side`. Unset options
-(None) get the defaults of `LoaderSettings`, except `hw_decoder_load`, which depends on the device
+(`loader` and `DaliOptions`), because decoders round differently, and on `memory_cache_short_side`. Unset options (None)
+get the defaults of `LoaderSettings`, except `hw_decoder_load`, which depends on the device
 (`pipeline.decode.hardware`).
 """
 
@@ -29,10 +29,10 @@ DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
 Ahead = Annotated[int, Interval(ge=0, le=256)]
 AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
 MAX_PREALLOCATED = 1 << 27  # maximum preallocated pixels per decoder thread (0.4 GB)
+CacheGib = Annotated[float, Interval(ge=0, le=1 << 20)]
+"""Size of a cache in GiB."""
 CachedSide = Annotated[int, Interval(ge=1, le=65500)]
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
-CacheSize = Annotated[float, Interval(ge=0, le=10_000)]
-"""Size of a cache in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class DaliOptions:
 
     decode: Annotated[DecodePath | None, default("window; whole with --gpu-cache")] = None
     """What is decoded. window: the crop window only. whole: the complete image, which is then cropped; on CPUs slower,
-    with the same pixels, on GPUs with other rounding."""
-    gpu_cache: Annotated[CacheSize | None, default("0")] = None
+    with the same pixels (of windows wider than one pixel), on GPUs with other rounding."""
+    gpu_cache: Annotated[CacheGib | None, default("0")] = None
     """Memory in GiB per rank, on its GPU (on CPUs: of its process), for complete decoded training images, which are not
     decoded again in later epochs. The first images of the rank that fit are kept. Needs --decode whole."""
     cpu_decode: Annotated[Fraction | None, default("0")] = None
@@ -123,7 +123,7 @@ class LoaderOptions:
     feed_process: FeedProcess = "auto"
     """Read shards and draw augmentations in a separate process per rank (the feed process), which does not compete
     with the training loop for Python's global interpreter lock. auto: on with a GPU, off on a CPU."""
-    memory_cache: CacheSize = 0.0
+    memory_cache: CacheGib = 0.0
     """GiB of each node's memory for decoded training images, which are then neither read nor decoded again. All ranks
     of a node share one copy. It is filled in the first epoch. 0: no cache."""
     memory_cache_short_side: Annotated[CachedSide | None, default("images keep their size")] = None
@@ -133,9 +133,12 @@ class LoaderOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.skip_budget  # noqa: B018 - raises UserError if `bad_samples` is invalid
         if self.memory_cache and self.dali.gpu_cache:
-            raise UserError("--memory-cache, --gpu-cache: both cache decoded images; use one of them")
+            raise UserError(
+                f"--memory-cache {self.memory_cache:g} --gpu-cache {self.dali.gpu_cache:g}: a run has one cache of "
+                "decoded images; choose the memory of the node or that of its GPUs"
+            )
+        self.skip_budget  # noqa: B018 - raises UserError if `bad_samples` is invalid
 
     @property
     def settings(self) -> LoaderSettings:

@@ -48,7 +48,7 @@ def make_decoder(
         device: device of the output.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
         normalisation: normalisation for the decoder to apply. None: return uint8.
-        cache: cache of decoded images, only with the loader `dali`.
+        cache: cache of decoded images, only with the loader `dali` and without `pixels`.
         trace: records the decoder's work.
         pixels: which samples arrive as pixels instead of JPEGs.
 
@@ -67,7 +67,7 @@ def make_decoder(
     from pipeline.decode.dali import DaliDecoder
     from pipeline.decode.dali_pixels import DaliPixelsDecoder
 
-    def dali(decoder: type[DaliDecoder], cache: DecodedCache | None = None) -> DaliDecoder:
+    def dali(decoder: type[DaliDecoder], *, rows_vary: bool = False) -> DaliDecoder:
         return decoder(
             batch=batch,
             device=device,
@@ -77,11 +77,12 @@ def make_decoder(
             normalisation=normalisation,
             settings=settings,
             cache=cache,
+            rows_vary=rows_vary,
             trace=trace,
         )
 
     if pixels == "none":
-        return dali(DaliDecoder, cache)
+        return dali(DaliDecoder)
     if pixels == "all":
         return dali(DaliPixelsDecoder)
     on_device = (
@@ -89,7 +90,7 @@ def make_decoder(
         if on_cpu
         else dali(DaliPixelsDecoder)
     )
-    return SplitBatchDecoder(on_device, dali(DaliDecoder, cache), device)
+    return SplitBatchDecoder(on_device, dali(DaliDecoder, rows_vary=True), device)
 
 
 def make_cache(gib: float, device: torch.device) -> DecodedCache | None:

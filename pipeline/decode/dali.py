@@ -21,6 +21,7 @@ from pipeline.decode.dali_graph import DaliGraph
 from pipeline.decode.decoded_cache import DecodedCache
 from pipeline.decode.hardware import rows_decoded_on_cpu
 from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
+from pipeline.decode.pixels import take_rows
 from pipeline.decode.resize import Resizer
 from pipeline.options import LoaderSettings
 from pipeline.stage_trace import WAIT_FOR_GPU, StageTrace
@@ -45,6 +46,7 @@ class DaliDecoder:
         normalisation: normalisation to apply, which makes the output float32. None: uint8.
         settings: options of DALI.
         cache: cache of whole decoded images; requires the decode path `whole`.
+        rows_vary: whether batches may have fewer than `batch` rows, in any order.
         trace: records the waits for DALI, the resizing on a CPU and the number of batches inside DALI.
     """
 
@@ -56,6 +58,7 @@ class DaliDecoder:
     normalisation: Normalisation | None = None
     settings: LoaderSettings = field(default_factory=LoaderSettings)
     cache: DecodedCache | None = None
+    rows_vary: bool = False
     trace: StageTrace = field(default_factory=StageTrace)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
@@ -130,17 +133,20 @@ class DaliDecoder:
     ) -> Generator[_Batch[T], None, None]:
         """Yield the batches for DALI, and append each to `in_flight`."""
         graph = self._graph
-        warms_up = graph.on_gpu and (graph.shares_cpu or graph.cached)
+        warms_up = graph.on_gpu and (graph.shares_cpu or graph.cached or self.rows_vary)
         for job, extra in jobs:
-            # nvImageCodec fixes the number of images that the JPEG engine may get in its first batch
-            # (`pipeline.decode.hardware`), so the GPU must decode all rows of that batch.
-            for first in (True, False) if warms_up else (False,):
-                in_flight.append(self._batch(job, extra, warms_up=first))
-                self.trace.level("decoding", len(in_flight))
+            if warms_up:
+                # nvImageCodec fixes the number of images that the JPEG engine may get in its first batch
+                # (`pipeline.decode.hardware`), so that batch must be complete, and the GPU must decode all its rows.
+                complete = take_rows(job, np.resize(np.arange(len(job.window)), self.batch))
+                in_flight.append(self._batch(complete, extra, warms_up=True))
                 yield in_flight[-1]
-            warms_up = False
+                warms_up = False
+            in_flight.append(self._batch(job, extra))
+            self.trace.level("decoding", len(in_flight))
+            yield in_flight[-1]
 
-    def _batch(self, job: DecodeJob, extra: T, *, warms_up: bool) -> _Batch[T]:
+    def _batch(self, job: DecodeJob, extra: T, *, warms_up: bool = False) -> _Batch[T]:
         """Choose the source of each row: the cache, the CPU's or the GPU's decoder."""
         ids, cache = job.encoded.ids, self.cache
         by_cpu, hit = rows_decoded_on_cpu(ids, 0.0 if warms_up else self.settings.cpu_decode), None

@@ -2,7 +2,7 @@
 
     encoded -> decode window             `--decode window`: only the crop window is decoded
     encoded -> decode image -> crop      `--decode whole`: also for images that the cache delivers
-    windows                              of samples that are stored as pixels, only on GPUs
+    windows of stored pixels
     -> resize -> flip -> normalise       on GPUs; on a CPU, `pipeline.decode.resize` does this faster
 
 The rows of a batch may come from different sources: DALI's decoder on the GPU, its decoder on the CPU (`--cpu-decode`),
@@ -27,9 +27,9 @@ from pipeline.options import LoaderSettings
 class DaliGraph:
     """Description of the graph of one decoder.
 
-    The inputs of a batch are, in this order: encoded images, or windows if `pixels`; if `crops`, start and shape of the
-    windows; if `on_gpu`, the output size, and start and end of the regions (`evaluation`) or the flips; if
-    `shares_cpu`, for each row whether the CPU decodes it; if `cached`, for each row whether the cache delivers it.
+    The inputs of a batch are, in this order: encoded images; if `crops`, start and shape of the windows; if `on_gpu`,
+    the output size, and start and end of the regions (`evaluation`) or the flips; if `shares_cpu`, for each row whether
+    the CPU decodes it; if `cached`, for each row whether the cache delivers it.
 
     Args:
         on_gpu: decode with DALI's `mixed` operators, and resize. Else decode on the CPU.
@@ -37,7 +37,7 @@ class DaliGraph:
         normalisation: normalisation to apply on a GPU; None: uint8.
         shares_cpu: whether some rows are decoded on the CPU, although `on_gpu`.
         cached: whether some rows are delivered by a cache of decoded images.
-        pixels: whether the inputs are crop windows instead of encoded images; requires `on_gpu`.
+        pixels: whether the first input is not encoded images, but decoded windows in CPU memory.
         settings: options of the decoder.
     """
 
@@ -57,7 +57,7 @@ class DaliGraph:
     @property
     def crops(self) -> bool:
         """Whether the graph crops the windows; whole images on a CPU are cropped by the caller, without a copy."""
-        return not self.pixels and (self.on_gpu or not self.whole)
+        return (self.on_gpu or not self.whole) and not self.pixels
 
     @property
     def inputs(self) -> int:
@@ -144,9 +144,8 @@ class DaliGraph:
 def _graph(graph: DaliGraph, source: Iterator[tuple[Any, ...]], cached: Iterator[list[Any]] | None) -> Any:
     # Without no_copy, this thread would copy while holding the interpreter lock (2.5 of 3.8 ms for 256 photos). The
     # decoder keeps the arrays alive until DALI has decoded them.
-    layout = ["HWC" if graph.pixels else "", *[""] * (graph.inputs - 1)]
+    layout = ["HWC", *[""] * (graph.inputs - 1)] if graph.pixels else None
     inputs = fn.external_source(source=source, num_outputs=graph.inputs, batch=True, no_copy=True, layout=layout)
-    encoded: Any
     encoded, *rest = inputs if graph.inputs > 1 else (inputs,)
     window = {"start": rest.pop(0), "shape": rest.pop(0), "axis_names": "HW"} if graph.crops else {}
     if graph.cached:
@@ -160,9 +159,7 @@ def _graph(graph: DaliGraph, source: Iterator[tuple[Any, ...]], cached: Iterator
         )
         hit = rest.pop()
     by_cpu = rest.pop() if graph.shares_cpu else None
-    if graph.pixels:
-        images = encoded.gpu()
-    elif not graph.cached:
+    if not graph.cached:
         images = _decoded(graph, encoded, window, by_cpu)
     elif hit:
         images = stored
@@ -177,7 +174,9 @@ def _graph(graph: DaliGraph, source: Iterator[tuple[Any, ...]], cached: Iterator
 
 def _decoded(graph: DaliGraph, encoded: Any, window: dict[str, Any], by_cpu: Any) -> Any:
     """Decode on GPU and CPU; the result is on the graph's device."""
-    if not graph.shares_cpu:
+    if graph.pixels:
+        images = encoded.gpu()
+    elif not graph.shares_cpu:
         images = graph.decode(encoded, window, on_cpu=not graph.on_gpu)
     elif by_cpu:
         images = graph.decode(encoded, window, on_cpu=True).gpu()

@@ -40,7 +40,7 @@ class DaliPixelsDecoder(DaliDecoder):
 
     @property
     def _graph(self) -> DaliGraph:
-        return dataclasses.replace(super()._graph, pixels=True, shares_cpu=False, cached=False)
+        return dataclasses.replace(super()._graph, pixels=True, shares_cpu=False)
 
     def _inputs(
         self, job: DecodeJob, by_cpu: NDArray[np.bool_] | None = None, hit: NDArray[np.bool_] | None = None

@@ -6,7 +6,6 @@ import io
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.decoded_cache import DecodedCache
 from pipeline.decode.job import DecodeJob
 from pipeline.options import LoaderSettings
+from pipeline.storage.reader import Encoded
+from shards.format.index import INDEX_DTYPE
 
 _ONLY_ON_GPUS = ("hw_decoder_load", "preallocate_width_hint", "preallocate_height_hint")
 
@@ -90,7 +91,7 @@ def run_graph(
 ) -> list[np.ndarray]:
     """Run the GPU graph of a decoder on jobs of up to 4 images: uint8 [images, size, size, 3] for each job."""
     decoder = kind(
-        batch=4,  # more than the photos, because batches may be smaller than the largest
+        batch=4,
         device=torch.device("cuda", 0),
         threads=1,
         evaluation=evaluation,
@@ -99,7 +100,7 @@ def run_graph(
     )
     padded = jobs + jobs[-1:] * 4  # DALI prefetches
     in_flight: deque[Any] = deque()
-    found = []
+    found = list[np.ndarray]()
     with gpu_graph_on_cpu():
         graph = decoder._build(decoder._batches(((each, None) for each in padded), in_flight))
         while len(found) < len(jobs):
@@ -111,13 +112,15 @@ def run_graph(
     return found
 
 
-def job_of(photos: list[Image.Image], *, size: int, first_id: int = 0, **job: Any) -> DecodeJob:
+def job_of(photos: list[Image.Image], *, size: int, **job: Any) -> DecodeJob:
     """Return a job of photos with consecutive ids. The default window is the whole photo."""
     sides = np.array([photo.size[::-1] for photo in photos], np.int32)
     window = job.pop("window", np.concatenate([np.zeros_like(sides), sides], axis=1))
-    images, ids = [encoded(photo) for photo in photos], first_id + np.arange(len(photos))
-    rows = {"height": sides[:, 0], "width": sides[:, 1]}
-    return DecodeJob(encoded=SimpleNamespace(ids=ids, images=images, rows=rows), window=window, size=size, **job)  # type: ignore[arg-type]
+    rows = np.zeros(len(photos), INDEX_DTYPE)
+    rows["height"], rows["width"] = sides.T
+    images, raw = [encoded(photo) for photo in photos], np.zeros(len(photos), np.bool_)
+    batch = Encoded(ids=np.arange(len(photos)), images=images, rows=rows, raw=raw)
+    return DecodeJob(encoded=batch, window=window, size=size, **job)
 
 
 def encoded(photo: Image.Image) -> np.ndarray:

@@ -95,14 +95,16 @@ def test_every_path_delivers_the_same_batches(digits: Path, world: int, mib: flo
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), quality=st.sampled_from([30, 95]))
 def test_cropping_whole_images_gives_the_bytes_of_decoded_windows(seed: int, quality: int) -> None:
+    """Except for windows that are one pixel wide: libjpeg-turbo upsamples the colours of some of them differently."""
     rng = np.random.default_rng(seed)
-    sides = rng.integers(1, 80, (4, 2))
-    photos = [Image.fromarray(rng.integers(0, 256, (*side, 3), np.uint8)).resize((w, h)) for side, (h, w) in
-              zip(sides, rng.integers(1, 90, (4, 2)).tolist(), strict=True)]  # fmt: skip
-    low = [[int(rng.integers(0, photo.height)), int(rng.integers(0, photo.width))] for photo in photos]
-    extent = [[int(rng.integers(1, p.height - y + 1)), int(rng.integers(1, p.width - x + 1))]
-              for p, (y, x) in zip(photos, low, strict=True)]  # fmt: skip
-    job = job_of(photos, size=16, window=np.hstack([low, extent]).astype(np.int32), flip=rng.random(4) < 0.5)
+    photos, windows = [], []
+    for _ in range(4):
+        height, width = int(rng.integers(1, 90)), int(rng.integers(2, 90))
+        coarse = rng.integers(0, 256, (*rng.integers(1, 80, 2), 3), np.uint8)
+        photos.append(Image.fromarray(coarse).resize((width, height)))
+        y, x = int(rng.integers(height)), int(rng.integers(width - 1))
+        windows.append((y, x, rng.integers(1, height - y + 1), rng.integers(2, width - x + 1)))
+    job = job_of(photos, size=16, window=np.array(windows, np.int32), flip=rng.random(4) < 0.5)
     window, whole = (
         next(DaliDecoder(4, CPU, 1, settings=LoaderSettings(decode=path)).decode([(job, None)]))[0]
         for path in ("window", "whole")
@@ -255,7 +257,7 @@ def test_the_decoder_of_a_sample_depends_on_its_id_alone(fraction: float, more: 
     ("make", "message"),
     [
         (lambda: DaliOptions(gpu_cache=1, decode="window"), "--gpu-cache 1 --decode window: the cache holds complete"),
-        (lambda: DaliOptions(gpu_cache=-1), "--gpu-cache -1: expected a number from 0 to 10,000"),
+        (lambda: DaliOptions(gpu_cache=-1), "--gpu-cache -1: expected a number from 0 to 1,048,576"),
         (lambda: DaliOptions(cpu_decode=1.5), "--cpu-decode 1.5: expected a number from 0 to 1"),
         (lambda: DecodedCache(1 << 60, CPU), "--gpu-cache 1.07374e+09: cpu cannot allocate this memory"),
     ],
@@ -270,7 +272,7 @@ def test_the_cache_needs_dali(digits: Path) -> None:
     dataset, shape = ShardSet(digits), BatchShape(global_batch=GLOBAL, world=1, rank=0)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5)
     options = LoaderOptions(loader="ffcv", dali=DaliOptions(gpu_cache=1))
-    with pytest.raises(UserError, match="--gpu-cache 1: only DALI's decoder caches images; use --loader dali"):
+    with pytest.raises(UserError, match="--gpu-cache 1: only --loader dali caches images; omit this option"):
         TrainLoader(dataset, plan, shape, LIGHT, device=CPU, options=options)
 
 
