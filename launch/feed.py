@@ -228,14 +228,22 @@ class Feed:
         )
 
     @contextmanager
-    def recalibration_batches(self, *, dtype: torch.dtype) -> Iterator[Iterator[Batch]]:
+    def recalibration_batches(
+        self, *, dtype: torch.dtype, memory_cache: SharedPixels | None
+    ) -> Iterator[Iterator[Batch]]:
         """Open this rank's part of the global batches of --recalibrate-bn.
 
         They follow the last epoch, with the image size and the augmentation of the last phase.
+
+        Args:
+            memory_cache: that of the training loader, because a node may not have the memory for another one.
         """
         steps, epochs = self.recipe.model.recalibrate_bn, self.recipe.optim.epochs
         end = epochs + math.ceil(steps / self.plan.steps_per_epoch)
-        with self.train_loader(step=self.total_steps, dtype=dtype, epochs=end) as loader:
+        # Nor may a GPU have the memory for another cache. The images are still decoded whole, as with the cache.
+        dali = replace(self.loader_options.dali, decode=self.loader_options.settings.decode, gpu_cache=None)
+        feed = self.with_loader(dali=dali)
+        with feed.train_loader(step=self.total_steps, dtype=dtype, epochs=end, memory_cache=memory_cache) as loader:
             yield itertools.islice(loader.stream(), steps * self.phases[-1].shape.accumulation)
 
     @property

@@ -140,8 +140,9 @@ class TrainingLoop:
     def recalibrate(self) -> None:
         """Recalibrate BatchNorm's statistics, of the weights and of their EMA if there is one."""
         self.metrics.view.phase = "recalibrating BatchNorm"
+        dtype, cache = self.engine.input_dtype, self.train_loader.memory_cache
         for kind in self._kinds:
-            with self.feed.recalibration_batches(dtype=self.engine.input_dtype) as batches:
+            with self.feed.recalibration_batches(dtype=dtype, memory_cache=cache) as batches:
                 self.engine.recalibrate_batch_norm(self.watchdog.beat_on_each(batches), average=kind == "average")
         self.metrics.view.phase = ""
         self.metrics.print(f"recalibrated BatchNorm over {self.recipe.model.recalibrate_bn} global batches")
