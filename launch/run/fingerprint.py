@@ -45,14 +45,17 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             **{
                 name: getattr(optim, name)
                 for name in (
-                    *("lr", "min_lr", "layer_decay", "head_lr_scale", "weight_decay", "momentum", "nesterov"),
-                    *("clip_grad", "loss", "bce_target_threshold", "label_smoothing", "ema"),
+                    *("lr", "warmup_lr", "min_lr", "layer_decay", "head_lr_scale", "weight_decay", "eps", "momentum"),
+                    *("nesterov", "clip_grad", "loss", "bce_target_threshold", "label_smoothing", "ema"),
                 )
             },
             **{
                 name: getattr(recipe.distillation, name)
                 for name in ("distillation", "distillation_alpha", "distillation_temperature")
             },
+            "betas": str(optim.betas),
+            "drop_path": recipe.model.drop_path,
+            "freeze_bn": recipe.model.freeze_bn,
             "crop_pct": recipe.data.crop_pct,
             "eval_size": recipe.data.evaluation_size,
             "recalibrate_bn": recipe.model.recalibrate_bn,

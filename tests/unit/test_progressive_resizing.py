@@ -94,6 +94,25 @@ def test_a_run_cannot_resume_with_another_schedule_but_with_another_evaluation(d
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ("--betas", "0.9", "0.99"),
+        ("--eps", "1e-6"),
+        ("--warmup-lr", "1e-5"),
+        ("--drop-path", "0"),
+        ("--freeze-bn",),
+        ("--recalibrate-bn", "3"),
+    ],
+)
+def test_options_that_change_the_results_of_a_resumed_run_are_compared(digits: Path, options: tuple[str, ...]) -> None:
+    one, other = (feed(digits, "--size", "32", *each) for each in ((), options))
+    before, now = (fingerprint(each.recipe, each, teacher=None) for each in (one, other))
+    assert now.fixed == before.fixed
+    assert len([name for name, value in now.free.items() if before.free[name] != value]) == 1
+    assert json.loads(json.dumps(now.free)) == now.free, "as a checkpoint stores it"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (
