@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from shards.errors import UserError
@@ -33,7 +34,9 @@ class SizePoint:
     """Side of the images in pixels."""
 
     def __str__(self) -> str:
-        return f"{float(self.position):g}{'e' if self.epochs else ''}:{self.size}"
+        # All digits: a run must not resume with a schedule that differs in the last ones. A point has at most 18.
+        position = Decimal(self.position.numerator) / Decimal(self.position.denominator)
+        return f"{position:f}{'e' if self.epochs else ''}:{self.size}"
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,12 @@ def test_positions_in_epochs_and_in_percent_are_the_same_schedule(text: str, epo
     assert SizeSchedule.parse(in_epochs).sizes(100 * steps, steps) == SizeSchedule.parse(text).sizes(100 * steps, steps)
 
 
+@pytest.mark.parametrize("text", ["0:32,33.333333333:64", "0e:32,123456789.987654321e:64", "0:32,100:64"])
+def test_a_schedule_is_written_with_all_digits(text: str) -> None:
+    """A run compares its schedule with that of the checkpoint from which it resumes."""
+    assert str(SizeSchedule.parse(text)) == text
+
+
 def test_the_published_schedule() -> None:
     schedule = SizeSchedule.parse("0:128,65:192,85:224")
     assert schedule.sizes(LONG, 100) == [(0, 128), (1625, 160), (4875, 192), (7500, 224)]
