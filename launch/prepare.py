@@ -17,7 +17,7 @@ from launch.engine.distillation import Teacher
 from launch.engine.execution import Execution
 from launch.engine.initial_weights import load_initial_weights
 from launch.engine.memory import check_batches_fit
-from launch.engine.sync_batchnorm import check_batch_norms, check_values_per_channel
+from launch.engine.sync_batchnorm import batch_norms, check_batch_norms, check_values_per_channel
 from launch.feed import Feed
 from launch.machine.provenance import device_name
 from launch.machine.world import World, broadcast_from_rank0
@@ -95,6 +95,10 @@ def check_fine_tuning(model: nn.Module, recipe: Recipe) -> None:
         RecipeError: the model's layers or its classifier are unknown, it has no activation checkpointing, or options
             contradict each other.
     """
+    if recipe.model.recalibrate_bn and not any(norm.running_mean is not None for norm in batch_norms(model)):
+        raise RecipeError(
+            f"--recalibrate-bn: {recipe.model.spec} has no BatchNorm layers with running statistics; omit the option"
+        )
     if recipe.model.freeze_backbone and recipe.optim.layer_decay < 1:
         raise RecipeError("--layer-decay: has no effect with --freeze-backbone; omit one of the options")
     parameter_groups(model, recipe.optim)

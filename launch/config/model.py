@@ -41,7 +41,7 @@ class ModelConfig:
     recalibrate_bn: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     """At the end of the last epoch, replace BatchNorm's running statistics, of the weights and of their EMA, by
     averages over this many global batches of training images, without drop path; 0 = off. Useful if the image size has
-    changed shortly before. Frozen statistics do not change."""
+    changed shortly before. Not with --freeze-bn or --freeze-backbone, which keep the statistics."""
     freeze_backbone: bool = False
     """Train only the classifier (linear probe). The other layers compute as in evaluation, with BatchNorm's running
     statistics, and no gradients are computed for them. Use it with --weights. It cannot change when a run is
@@ -52,6 +52,11 @@ class ModelConfig:
         spec = self.spec
         if self.variant is not None and spec != ModelSpec.of_variant(self.variant):
             raise RecipeError(f"--variant {self.variant} and --model {spec} are different models; use one of both")
+        if self.recalibrate_bn and self.frozen_norms:
+            option = "--freeze-bn" if self.freeze_bn else "--freeze-backbone"
+            raise RecipeError(
+                f"--recalibrate-bn {self.recalibrate_bn}: {option} keeps BatchNorm's statistics; omit one of both"
+            )
 
     @property
     def spec(self) -> ModelSpec:

@@ -205,6 +205,16 @@ def test_a_model_of_timm_without_activation_checkpointing_is_rejected() -> None:
         check_fine_tuning(timm.create_model("vgg11", num_classes=2), parse(["--grad-checkpointing"]))
 
 
+def test_recalibration_needs_statistics_that_are_not_frozen() -> None:
+    recipe = parse(["--model", "timm/vit_tiny_patch16_224", "--recalibrate-bn", "2"])
+    with pytest.raises(RecipeError, match="--recalibrate-bn: timm/vit_tiny_patch16_224 has no BatchNorm layers"):
+        check_fine_tuning(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)), recipe)
+    check_fine_tuning(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), recipe)
+    for option in ("--freeze-bn", "--freeze-backbone"):
+        with pytest.raises(RecipeError, match=f"--recalibrate-bn 2: {option} keeps BatchNorm's statistics"):
+            parse(["--recalibrate-bn", "2", option])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
