@@ -83,7 +83,7 @@ class Evaluate:
     """Split to evaluate."""
     cache: Annotated[Path | None, default("$FAT_CACHE, else the temporary folder")] = None
     """Folder on a local disk in which the shards of a remote set are staged."""
-    size: Annotated[ModelSide | None, default("that of the training, else 224")] = None
+    size: Annotated[ModelSide | None, default("that of the run's evaluations, else 224")] = None
     """Height and width of the model's input images in pixels."""
     crop_pct: Annotated[CropPct | None, default("that of the training, else 0.875")] = None
     """Fraction of the short side that the center crop keeps: the image is resized to size / crop_pct and cropped to

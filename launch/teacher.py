@@ -44,7 +44,7 @@ def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
     own_mean, own_std = info.mean or MEAN, info.std or STD  # as in evaluation
     if info.size is not None and sizes != [info.size]:
         received = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        notes += (f"it was trained with images of {info.size} pixels, and gets images of {received}",)
+        notes += (f"it was evaluated with images of {info.size} pixels, and gets images of {received}",)
     name = given or info.model or type(model).__name__
     accuracy = "" if info.top1 is None else f", top-1 {info.top1:.2%}"
     teacher = Teacher(

@@ -57,7 +57,7 @@ class Predict:
     """Images per forward pass. Use a smaller number if memory runs out."""
     threads: Annotated[Annotated[int, Interval(ge=1, le=512)] | None, default("one per available CPU core")] = None
     """Threads that decode images."""
-    size: Annotated[ModelSide | None, default("that of the training, else 224")] = None
+    size: Annotated[ModelSide | None, default("that of the run's evaluations, else 224")] = None
     """Height and width of the model's input images in pixels."""
     crop_pct: Annotated[CropPct | None, default("that of the training, else 0.875")] = None
     """Fraction of the short side that the center crop keeps."""

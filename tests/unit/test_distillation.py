@@ -166,7 +166,7 @@ def test_normalization_and_size_of_the_teacher_are_those_of_its_file(tmp_path: P
     assert teacher is not None
     assert teacher.scale == pytest.approx((0.458, 0.448, 0.45))
     assert teacher.shift == pytest.approx((-0.03, -0.088, -0.188))
-    assert "teacher: it was trained with images of 64 pixels, and gets images of 32" in messages
+    assert "teacher: it was evaluated with images of 64 pixels, and gets images of 32" in messages
 
 
 def test_a_function_is_only_called_if_the_user_names_it(tmp_path: Path, feed: Callable[..., Feed]) -> None:
