@@ -113,6 +113,7 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
         roofline=Roofline.of(feed, engine),
         predicted=predict(alone, model, cores=cores if device.type == "cpu" else None),
         memory=memory,
+        read=1.0 if cache is None else 1 - cache.layout.kept / len(cache.layout.offsets),
     )
 
 

@@ -78,6 +78,8 @@ class Figures:
     """Upper bound on the model's throughput on this device if its blocks were perfectly fused."""
     memory: dict[str, int]
     """Bytes of GPU memory by name: "torch_peak", "in_use" and "total"; empty on a CPU."""
+    read: float = 1.0
+    """Fraction of the images that the loader reads; the others are in the memory cache."""
 
     @property
     def both_of_model(self) -> float:
@@ -155,7 +157,7 @@ def bottleneck(figures: Figures) -> str:
     """Return the loader's bottleneck: the first stage that alone is hardly faster than the whole loader."""
     if figures.loader.rate > SLACK * figures.model.rate:
         return "contention"
-    if figures.reading <= SLACK * figures.loader.rate:
+    if figures.reading <= SLACK * figures.loader.rate * figures.read:
         return "reading"
     if figures.decoding <= SLACK * figures.loader.rate:
         return "decode on the GPU" if "dali on the GPU" in figures.settings.get("loader", "") else "decode"

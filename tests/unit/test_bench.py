@@ -60,6 +60,18 @@ def test_bench_prints_and_writes_its_results(tmp_path: Path, digits: Path, capsy
     assert 0 < found["mfu"] < 1
 
 
+def test_one_size_is_measured_with_a_filled_memory_cache(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--size-schedule", "0:64,50:32", "--micro-batch-schedule", "64:1")
+    model = ("--model", "tests.support.models:with_classifier", "--augment", "light")
+    found = run(tmp_path, digits, *sizes, *model, "--memory-cache", "0.1")
+    assert "--size-schedule: images of --size 32 are measured" in capsys.readouterr().err
+    assert (found["settings"]["batch"], found["settings"]["size"], found["read"]) == (BATCH, 32, 0.0)
+    assert "1,437 of 1,437 images (100.0%)" in found["settings"]["memory cache"]
+    assert "memory cache" in found["decode_paths"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "batch", "rows", "noted"),
     [
@@ -196,6 +208,8 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
         ({}, "input-bound: decode on the GPU, 31% of the time"),
         ({"decoding": 9_000.0}, "input-bound: augmentation, 31%"),
         ({"reading": 5_200.0}, "input-bound: reading, 31%"),
+        ({"reading": 2_500.0, "read": 0.5}, "input-bound: reading, 31%"),
+        ({"reading": 2_500.0, "read": 0.1}, "input-bound: decode on the GPU, 31% of the time"),
         ({"loader": Phase(12_000.0, 1e-3, 1.0)}, "input-bound: contention, 31%"),
         ({"both": READY}, "model-bound: the device never waits (both/model 1.00); the model reaches 20%"),
         ({"both": Phase(7_000.0, 2e-3, 0.001, host=0.035)}, "host-bound: "),
