@@ -116,8 +116,10 @@ def inherit_options(recipe: Recipe, saved: SavedRun, device: str, cores: int) ->
     before, engine = saved.recipe, saved.engine
     compile_ = _fill_unset(recipe.compile, before.compile)
     loader = recipe.data.loader
-    decoders = {"hw_decoder_load": None, "decode": None, "cpu_decode": None}
-    dali = _fill_unset(loader.dali, dataclasses.replace(before.data.loader.dali, **decoders))
+    omitted = {"hw_decoder_load": None, "decode": None, "cpu_decode": None}
+    if loader.memory_cache or loader.dali.decode == "window":  # which contradict a cache on the GPU
+        omitted["gpu_cache"] = None
+    dali = _fill_unset(loader.dali, dataclasses.replace(before.data.loader.dali, **omitted))
     loader = dataclasses.replace(_fill_unset(loader, before.data.loader), dali=dali)
     messages = []
     if engine.device != device and (ignored := _differences(recipe.compile, compile_)):

@@ -126,3 +126,15 @@ def test_invalid_recipe_json_is_rejected_in_one_line(tmp_path: Path, content: st
 def test_folder_without_recipe_json_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe\.json: cannot be read \(No such file.*\); use a run folder"):
         read_saved_run(tmp_path)
+
+
+@pytest.mark.parametrize("options", [("--memory-cache", "2"), ("--decode", "window")])
+def test_a_cache_on_the_gpu_is_not_inherited_if_the_options_contradict_it(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    cached = ("--gpu-cache", "3", "--decode", "whole")
+    recipe, _ = inherit_options(parse([*options]), saved(tmp_path, *cached), HERE, CORES)
+    assert recipe == parse([*options])
+    recipe, messages = inherit_options(parse([]), saved(tmp_path, *cached), HERE, CORES)
+    assert recipe.data.loader.dali.gpu_cache == 3
+    assert messages == ["from the run's recipe.json: --gpu-cache 3.0"]
