@@ -59,7 +59,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             "crop_pct": recipe.data.crop_pct,
             "eval_size": recipe.data.evaluation_size,
             "recalibrate_bn": recipe.model.recalibrate_bn,
-            # Shrinking changes the pixels of the samples that are cached.
+            # Shrinking changes the pixels of the samples that are cached, which depend on the size of the cache.
+            "memory_cache": loader.memory_cache if loader.memory_cache_short_side else None,
             "memory_cache_short_side": loader.memory_cache_short_side if loader.memory_cache else None,
             "warmup_epochs": optim.warmup,
             "schedule": optim.resolved_schedule,

@@ -112,6 +112,17 @@ def test_options_that_change_the_results_of_a_resumed_run_are_compared(digits: P
     assert json.loads(json.dumps(now.free)) == now.free, "as a checkpoint stores it"
 
 
+def test_the_size_of_a_memory_cache_is_compared_if_its_images_are_shrunk(digits: Path) -> None:
+    def free(*options: str) -> Any:
+        found = feed(digits, "--size", "32", *options)
+        return fingerprint(found.recipe, found, teacher=None).free
+
+    assert free("--memory-cache", "1") == free("--memory-cache", "2") == free()
+    shrunk = ("--memory-cache-short-side", "6")
+    assert free("--memory-cache", "1", *shrunk) != free("--memory-cache", "2", *shrunk)
+    assert free("--memory-cache", "1", *shrunk) != free("--memory-cache", "1")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
