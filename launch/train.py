@@ -101,7 +101,8 @@ def train(
     restore = time.perf_counter() - restore
     if previous is not None and previous.status == "finished" and feed.finished(state):
         with folder:
-            DISPLAY.print(already_finished(state, folder.path, target=recipe.run.target_top1))
+            target = recipe.run.target_top1 if state.step < feed.last_step else None
+            DISPLAY.print(already_finished(state, folder.path, target=target))
         if trackers is not None:
             trackers.finish()
         return
@@ -133,7 +134,11 @@ def train(
 
 
 def already_finished(progress: Progress, run: Path, *, target: float | None) -> str:
-    """Return the message of a start whose run needs no further steps, or has reached the top-1 accuracy `target`."""
+    """Return the message of a start whose run needs no further steps.
+
+    Args:
+        target: the top-1 accuracy that ended the run before its last step, if the run has reached it.
+    """
     best = f", best top-1 {progress.best:.2%}" if progress.best_of else ""
     advice = "start a run with more --epochs and another --out"
     if progress.reached(target):
