@@ -151,10 +151,10 @@ def test_a_compiler_cache_that_others_can_write_is_rejected(tmp_path: Path, monk
             (folder,) = tmp_path.iterdir()
             folder.chmod(0o777)
             with pytest.raises(NotPrivate, match=r"torchinductor_\w+: others can .*set TORCHINDUCTOR_CACHE_DIR to a"):
-                execution.compile_model(torch.nn.Identity())
+                execution.compile_model(torch.nn.Identity(), shapes=1)
         else:
-            execution.compile_model(torch.nn.Identity())
+            execution.compile_model(torch.nn.Identity(), shapes=1)
             (folder,) = tmp_path.iterdir()
             assert mode_of(folder) == 0o700
             folder.chmod(0o775)  # like torch creates it with umask 002
-            execution.compile_model(torch.nn.Identity())
+            execution.compile_model(torch.nn.Identity(), shapes=1)

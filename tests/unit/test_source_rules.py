@@ -18,6 +18,7 @@ WRITERS = {
     "launch/deploy/export.py": "in a new folder next to --out, then renamed",
     "launch/run/checkpoint_folder.py": "in a new folder of RUN/checkpoints",
     "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
+    "pipeline/storage/memory_cache/shared_pixels.py": "memory of this process, or that rank 0 names in /proc",
     "launch/run/metrics_file.py": "RUN/metrics.jsonl, appended to if it is a regular file",
     "launch/machine/rank_errors.py": "TORCHELASTIC_ERROR_FILE, which the launcher of this process has set",
     "launch/machine/simple_launcher.py": "/dev/tty",
