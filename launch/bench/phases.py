@@ -17,6 +17,7 @@ from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
 from pipeline.batch import Batch, timed_event
 from pipeline.data_wait import DataWait
+from pipeline.options import DaliOptions
 
 # A loader that is this many times as fast as the model alone keeps its queues full during training too.
 CLEARLY_FASTER = 2.0
@@ -36,7 +37,8 @@ def training_step(feed: Feed, engine: Engine, *, accumulation: int = 1) -> Step:
 
 def resident_batches(feed: Feed, engine: Engine) -> OpenLoader:
     """Return a function that opens an iterator over batches that are already on the device."""
-    return lambda: feed.with_loader(loader="synthetic").train_loader(step=0, dtype=engine.input_dtype)
+    synthetic = feed.with_loader(loader="synthetic", dali=DaliOptions())  # no cache of decoded images
+    return lambda: synthetic.train_loader(step=0, dtype=engine.input_dtype)
 
 
 def compare(

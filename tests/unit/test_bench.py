@@ -116,6 +116,11 @@ def test_a_batch_that_the_ranks_do_not_divide_is_rejected(digits: Path, capsys: 
     assert "world size 3 does not divide the global batch of 100" in capsys.readouterr().err
 
 
+def test_the_model_alone_is_measured_without_the_cache_of_decoded_images(tmp_path: Path, digits: Path) -> None:
+    found = run(tmp_path, digits, "--augment", "light", "--gpu-cache", "0.01")
+    assert found["model"]["rate"] > 0
+
+
 def test_reading_is_measured_without_decoding(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.decode.dali import DaliDecoder
 
