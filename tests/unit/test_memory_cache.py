@@ -69,6 +69,16 @@ def index_of(sizes: list[tuple[int, int]]) -> np.ndarray:
 SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=40)
 
 
+def test_the_seed_chooses_the_samples() -> None:
+    index, budget = index_of([(10, 10)] * 100), 4096 + 50 * 300
+    layouts = [CacheLayout.of(index, budget=budget, short_side=None, seed=seed) for seed in (0, 0, 1)]
+    kept = [layout.keeps(np.arange(100)) for layout in layouts]
+    assert kept[0].sum() == 50
+    assert kept[0].tolist() == kept[1].tolist()
+    assert kept[0].tolist() != kept[2].tolist()
+    assert 0 < kept[0][:50].sum() < 50, "not the first samples of the set"
+
+
 @given(SIZES, st.integers(0, 2_000_000), st.one_of(st.none(), st.integers(1, 300)), st.integers(0, 3))
 def test_samples_are_kept_within_the_budget_and_do_not_overlap(
     sizes: list[tuple[int, int]], budget: int, short_side: int | None, seed: int
@@ -370,7 +380,7 @@ def test_a_loader_can_use_the_cache_of_another_one(photos: Path) -> None:
     with loader(photos, memory_cache=WHOLE_SET) as first:
         expected = list(first.stream())
         second = TrainLoader(
-            first._dataset, first._plan, first._shape, LIGHT, epochs=2, device=CPU, options=first._options,
+            first._dataset, first._plan, first._phases[0].shape, LIGHT, epochs=2, device=CPU, options=first._options,
             memory_cache=first.memory_cache,
         )  # fmt: skip
         with second:
