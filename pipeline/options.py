@@ -133,6 +133,11 @@ class LoaderOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.memory_cache_short_side is not None and not self.memory_cache:
+            raise UserError(
+                f"--memory-cache-short-side {self.memory_cache_short_side}: has no effect without --memory-cache; add "
+                "it, or omit this option"
+            )
         if self.memory_cache and self.dali.gpu_cache:
             raise UserError(
                 f"--memory-cache {self.memory_cache:g} --gpu-cache {self.dali.gpu_cache:g}: a run has one cache of "

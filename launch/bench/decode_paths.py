@@ -53,7 +53,7 @@ def decode_paths(feed: Feed, steps: int) -> list[DecodePath]:
     loader = resolve_loader(options, split)
     if loader == "synthetic":
         return []
-    no_cache: dict[str, Any] = {"memory_cache": 0.0, "gpu_cache": None}
+    no_cache: dict[str, Any] = {"memory_cache": 0.0, "memory_cache_short_side": None, "gpu_cache": None}
     paths = []
     if stored_pixels(split, beton=loader == "ffcv") == "all":
         paths.append(DecodePath("stored pixels", no_cache))

@@ -304,6 +304,8 @@ def test_impossible_options_are_rejected(photos: Path) -> None:
         loader(photos, memory_cache=1e-6)
     with pytest.raises(UserError, match="--memory-cache -1"):
         LoaderOptions(memory_cache=-1)
+    with pytest.raises(UserError, match="--memory-cache-short-side 256: has no effect without --memory-cache"):
+        LoaderOptions(memory_cache_short_side=256)
 
 
 def test_processes_of_a_machine_need_a_process_group(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
