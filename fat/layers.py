@@ -71,22 +71,23 @@ class Depthwise(nn.Conv2d):
         return x + output if self.residual else output
 
     def _exceeds(self, x: Tensor) -> bool:
-        """Return whether the outer weights only meet the padding of `x`, and skipping them saves time: on CPUs.
+        """Return whether outer weights meet only the padding of `x`, and skipping them saves time, as it does on CPUs.
 
         Compilers and exporters get the plain convolution, which does not depend on the size of the input.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        return x.device.type == "cpu" and min(x.shape[-2:]) <= self.padding[0]
+        return x.device.type == "cpu" and min(x.shape[-2:]) <= self.kernel_size[0] // 2
 
     def _convolve_small(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with the weights that meet pixels. The other products are zero, as are their gradients."""
-        weight, before = self.weight, []
-        for dim, (side, padding, stride) in enumerate(zip(x.shape[-2:], self.padding, self.stride, strict=True), 2):
+        weight, before = self.weight, list[int]()
+        padding, stride = self.kernel_size[0] // 2, self.stride[0]
+        for dim, side in enumerate(x.shape[-2:], 2):
             last = (side - 1) // stride * stride  # position in the input of the last output
-            before.append(min(int(padding), last))
-            kept = before[-1] + 1 + min(int(padding), side - 1)
-            weight = weight.narrow(dim, int(padding) - before[-1], kept)
+            before.append(min(padding, last))
+            kept = before[-1] + 1 + min(padding, side - 1)
+            weight = weight.narrow(dim, padding - before[-1], kept)
         return F.conv2d(x, weight, bias, self.stride, before, groups=self.groups)
 
 
