@@ -149,7 +149,7 @@ class HostAugment:
     """The host's part of `BatchAugment` on a GPU, with busy-waiting instead of launches."""
 
     def __init__(
-        self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32, *, kernels: bool = True
+        self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any
     ) -> None:
         self._size, self._images = recipe.size, torch.zeros(1, 3, 1, 1, dtype=dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 try:
-    from numba import njit
-except ImportError:
-    njit = None  # type: ignore[assignment]
+    from pipeline.augment.numba_impl.compiler import cached
+except ImportError:  # Numba is not installed
+    cached = None  # type: ignore[assignment]
 
 # Operations of PyTorch on this many values or more run on several threads (at::internal::GRAIN_SIZE). An OpenMP team
 # for every thread of a pool would cost more than the operation.
@@ -69,7 +68,5 @@ def _finish_compiled(pixels, flip, scale, offset, out):  # type: ignore[no-untyp
 
 
 finish: Callable[..., None] = finish_with_numpy
-if njit is not None:
-    finish = njit(nogil=True)(_finish_compiled)
-    with contextlib.suppress(RuntimeError):  # no folder for the compiled code is writable
-        finish.enable_caching()
+if cached is not None:
+    finish = cached(_finish_compiled)
