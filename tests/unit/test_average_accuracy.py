@@ -34,6 +34,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         plan=SimpleNamespace(global_batch=4, steps_per_epoch=3, at=lambda step: Position(0, step)),
         last_step=3,
         classes=10,
+        phases=[SimpleNamespace(first_step=0, augment=SimpleNamespace(size=32))],
     )
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
     return lambda: Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]

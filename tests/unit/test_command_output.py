@@ -105,8 +105,8 @@ def test_device_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
     machine = {"device": r"GPU $\frac$", "cores": 1, "load": 0}
     settings = {"model": "fat_b0", "batch": 1}
     figures = Figures(
-        machine=machine, settings=settings, reading=1.0, decoding=1.0, loader=phase, model=phase, both=phase,
-        predicted=1.0, roofline=roofline, memory={},
+        machine=machine, settings=settings, reading=1.0, decoding=1.0, decode_paths={}, loader=phase, model=phase,
+        both=phase, predicted=1.0, roofline=roofline, memory={},
     )  # fmt: skip
     write_chart(figures, tmp_path / "chart.svg")
     assert r"GPU $\frac$" in (tmp_path / "chart.svg").read_text()

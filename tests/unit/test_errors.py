@@ -137,7 +137,8 @@ def test_invalid_options_of_pipeline_commands(command: str, message: str, capsys
         ),
         (
             "--recipe none.toml",
-            "none.toml: no such recipe file (expected a file, or one of the names digits, large_batch)",
+            "none.toml: no such recipe file (expected a file, or one of the names digits, fat_b0_30, fat_b0_300, "
+            "fat_b0_88, large_batch)",
         ),
     ],
 )
