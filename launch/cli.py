@@ -16,7 +16,6 @@ if Path(sys.argv[0]).name == "pipeline" or __name__ == "__main__":
     exit_on_interrupt()  # during imports; the installed script imports this file
 
 import tyro
-from annotated_types import Interval
 from tyro.conf import subcommand
 
 from launch.bench.options import Bench
@@ -25,6 +24,7 @@ from launch.deploy.predict import Predict
 from launch.race.options import Race
 from launch.recipes.command import Recipes
 from launch.report.command import Report
+from launch.start_processes import ProcessCount
 from launch.tuning.options import Tune
 from pipeline.look import Look
 from shards.command import check_options, check_subcommand, main_program, option_names
@@ -33,7 +33,6 @@ from shards.commands.inspect import Info, Verify
 from shards.cores import limit_openmp
 from shards.errors import UserError, open_files_error, report
 from shards.open_files import raise_limit
-from shards.option_help import default
 from shards.ranges import check_ranges
 from shards.redact import printable, protect_output
 
@@ -81,9 +80,7 @@ class Train:
     pipeline train --processes 8 -- --variant b3 --data SET
     """
 
-    processes: Annotated[
-        Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU, 1 on a machine without GPUs")
-    ] = None
+    processes: ProcessCount = None
     """Number of processes. Use 'python -m launch.submit' for several machines."""
 
     def __post_init__(self) -> None:

@@ -15,13 +15,20 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Interval
+
+from shards.option_help import default
 from shards.redact import printable
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+ProcessCount = Annotated[
+    Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU, 1 on a machine without GPUs")
+]
+"""Option for the number of training processes on this machine."""
 TRAIN = Path(__file__).with_name("train.py")
 POLL_SECONDS = 0.1
 # Seconds for the processes to save after a signal, as in launch/slurm/train.sbatch; torchrun's default is 30.

@@ -9,8 +9,6 @@ import psutil
 from shards.errors import UserError
 
 GIB = 2**30
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
 _CGROUP_USE = (
     tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat")),
     tuple(
@@ -18,6 +16,7 @@ _CGROUP_USE = (
         for name in ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     ),
 )
+_CGROUP_LIMITS = tuple(limit for limit, _, _ in _CGROUP_USE)
 
 
 def machine_memory() -> int:

@@ -76,8 +76,8 @@ def decode_paths(feed: Feed, steps: int) -> list[DecodePath]:
 def cache_for(feed: Feed, steps: int) -> float:
     """Return the GiB of a cache of decoded images that holds the first `steps` batches' worth of samples."""
     index = feed.dataset.index("train")[: steps * feed.shape.micro_rows]
-    sizes = zip(index["height"].tolist(), index["width"].tolist(), strict=True)
-    return sum(image_bytes(*size) for size in sizes) / GIB
+    sizes = image_bytes(index["height"].astype(np.int64), index["width"].astype(np.int64))
+    return float(sizes.sum() / GIB)
 
 
 def measure(feed: Feed, path: DecodePath, *, dtype: torch.dtype, steps: int) -> PathCost:

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from annotated_types import Interval
 
+from launch.start_processes import ProcessCount
 from shards.command import option_names
 from shards.errors import UserError
 from shards.option_help import default
@@ -39,9 +40,7 @@ class Race:
     """Seeds of the runs, separated by commas."""
     out: Path = Path("runs/race")
     """Folder for the run folders, seed-0 and so on, and for the results, race.json."""
-    processes: Annotated[
-        Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU, 1 on a machine without GPUs")
-    ] = None
+    processes: ProcessCount = None
     """Number of training processes on this machine."""
 
     def __post_init__(self) -> None:

@@ -25,10 +25,10 @@ from shards.errors import UserError
 from shards.files.durable import durable_write
 from shards.files.temporary import temporary_folder
 from shards.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from shards.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
-GIB = 2**30
 # Five checkpoints of B3 (the newest three, the best, and one being written) take 1.7 GiB.
 MIN_FREE_IN_RUN = 4 * GIB
 # Libraries unpack and compile files in /tmp; when it is full, they raise errors that do not mention it.

@@ -15,11 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 import simplejpeg
-import torch
-from torch.nn import functional
 
 from pipeline.decode.job import DecodeError, DecodeJob
-from pipeline.decode.resize import Pixels
+from pipeline.decode.resize import Pixels, resized
 from pipeline.plan import Ids
 from pipeline.stage_trace import WAIT_FOR_DECODE, StageTrace
 from pipeline.storage.memory_cache.layout import scaled_windows
@@ -104,7 +102,7 @@ class CachedPixels:
             sides = int(encoded.rows["height"][row]), int(encoded.rows["width"][row])
             image = encoded.images[row]
             pixels = image.reshape(*sides, 3) if encoded.raw[row] else self._decoded(sample, image, sides)
-            self.cache.store(sample, shrunk(pixels, int(layout.heights[sample]), int(layout.widths[sample])))
+            self.cache.store(sample, resized(pixels, int(layout.heights[sample]), int(layout.widths[sample])))
 
     def _decoded(self, sample: int, image: Pixels, sides: tuple[int, int]) -> Pixels:
         try:
@@ -132,13 +130,3 @@ class CachedPixels:
         window[kept] = scaled_windows(window[kept], sides, stored)
         with_pixels = dataclasses.replace(encoded, images=images, raw=raw, rows=rows)
         return dataclasses.replace(job, encoded=with_pixels, window=window)
-
-
-def shrunk(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Resize uint8 [H, W, 3] with PyTorch's antialiased bicubic filter, as `pipeline.decode.resize` does."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
-    resized: Pixels = image[0].permute(1, 2, 0).numpy()
-    return resized

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from pipeline.decode.dali_graph import wrap_for_dali
 from pipeline.plan import Ids
 from shards.errors import UserError
 from shards.memory import GIB
+
+Ints = TypeVar("Ints", int, NDArray[np.int64])
 
 CHANNELS = 3
 # Start addresses are multiples of this, as those of CUDA's allocator.
@@ -110,9 +112,9 @@ class DecodedCache:
         stored.written = True
 
 
-def image_bytes(height: int, width: int) -> int:
-    """Return the bytes of cache memory that an image needs."""
-    return math.ceil(height * width * CHANNELS / ALIGNMENT) * ALIGNMENT
+def image_bytes(height: Ints, width: Ints) -> Ints:
+    """Return the bytes of cache memory that an image needs, or each of several images."""
+    return -(-height * width * CHANNELS // ALIGNMENT) * ALIGNMENT
 
 
 def describe_capacity(size: int, heights: NDArray[np.integer], widths: NDArray[np.integer], *, world: int) -> str:
@@ -126,7 +128,7 @@ def describe_capacity(size: int, heights: NDArray[np.integer], widths: NDArray[n
         heights, widths: sizes of the split's images, [samples].
         world: number of ranks.
     """
-    sizes = -(-heights.astype(np.int64) * widths.astype(np.int64) * CHANNELS // ALIGNMENT) * ALIGNMENT
+    sizes = image_bytes(heights.astype(np.int64), widths.astype(np.int64))
     samples = len(sizes)
     fraction = min(1.0, size / max(1, int(sizes.sum())))
     shown = f"{size / GIB:g} GiB, about {int(fraction * samples):,} of {samples:,} images"

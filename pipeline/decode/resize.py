@@ -93,11 +93,17 @@ class Resizer:
 def _resize_and_crop(window: Pixels, target: list[int], size: int) -> Pixels:
     """Resize the whole window with PyTorch to (height, width), then crop the output at (top, left)."""
     height, width, top, left = target
-    image = torch.from_numpy(window)[None].permute(0, 3, 1, 2)
-    if window.shape[:2] != (height, width):
-        image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
-    pixels: Pixels = image[0].permute(1, 2, 0).numpy()
-    return pixels[top : top + size, left : left + size]
+    return resized(window, height, width)[top : top + size, left : left + size]
+
+
+def resized(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Resize uint8 [H, W, 3] with PyTorch's antialiased bicubic filter. Pixels of this size are returned unchanged."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
+    result: Pixels = image[0].permute(1, 2, 0).numpy()
+    return result
 
 
 def _resize_region(window: Pixels, region: Floats, size: int) -> Pixels:

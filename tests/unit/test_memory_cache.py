@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.batch_shape import BatchShape
-from pipeline.decode.cached import shrunk
+from pipeline.decode.resize import resized
 from pipeline.loader import Batch, LoaderOptions, TrainLoader
 from pipeline.loaders import node_cache
 from pipeline.plan import TrainPlan
@@ -339,8 +339,8 @@ def test_shared_memory_is_opened_by_path_and_cannot_be_truncated() -> None:
 def test_shrinking_averages_all_pixels() -> None:
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[::2] = 200
-    assert np.abs(shrunk(pixels, 16, 16).astype(int) - 100).max() <= 10
-    assert shrunk(pixels, 64, 64) is pixels
+    assert np.abs(resized(pixels, 16, 16).astype(int) - 100).max() <= 10
+    assert resized(pixels, 64, 64) is pixels
 
 
 def test_the_jobs_that_decoders_get_are_complete(photos: Path) -> None:

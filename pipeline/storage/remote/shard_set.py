@@ -22,11 +22,11 @@ from shards.format.dataset import ShardSet
 from shards.format.index import index_bytes
 from shards.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from shards.format.manifest_digest import ManifestDigest, split_digest
+from shards.memory import GIB
 
 # Fraction of the cache for shards that the plan requests next. The rest holds indexes, and shards of slower ranks.
 FRACTION_FOR_SHARDS = 0.9
 _SHOWN_OF_URL = 64  # maximum characters of the URL in the name of the set's folder
-GIB = 1 << 30
 
 
 def open_set(
