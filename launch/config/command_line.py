@@ -119,13 +119,13 @@ def find_recipe(path: Path) -> Path:
     Raises:
         RecipeError: there is neither.
     """
-    if path.is_dir():
-        raise RecipeError(f"{path}: is a folder; specify a file in it, such as a run's recipe.json")
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     shipped = shipped_recipes()
-    if str(path) in shipped:
+    if str(path) in shipped:  # also if there is a folder of this name, such as the images of `digits`
         return shipped[str(path)]
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder; specify a file in it, such as a run's recipe.json")
     near = suggestion(str(path), shipped) if len(path.parts) == 1 else ""
     raise RecipeError(f"{path}: no such recipe file{near} (expected a file, or one of the names {', '.join(shipped)})")
 

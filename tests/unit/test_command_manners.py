@@ -262,6 +262,14 @@ def test_recipe_of_a_run_is_used_without_its_run_folder(tmp_path: Path) -> None:
         parse(["--recipe", str(tmp_path)])
 
 
+def test_shipped_recipes_are_found_beside_folders_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    assert parse(["--recipe", "digits"]).optim.epochs == 18
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["recipe.toml", "recipe.json"])
 def test_recipes_that_are_no_files_are_rejected(name: str, tmp_path: Path) -> None:
