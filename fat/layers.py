@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fat import kernels
+from fat import kernels, small_maps
 from fat.batchnorm import BatchNorm
 from fat.kernels.ops.channel_sums import as_map, as_rows
 
@@ -38,13 +38,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a 1x1 convolution with weights [O, C, 1, 1].
 
     In half precision, where FAT's kernels can be used, it is a matrix product over the positions of the feature map,
-    which adds the bias without a separate pass over memory; PyTorch's convolution adds it in a second pass.
+    which adds the bias without a separate pass over memory; PyTorch's convolution adds it in a second pass. It is
+    also a matrix product for the smallest maps on CPUs.
     """
-    use_kernels = MATRIX_PRODUCTS and kernels.can_use(x)
-    if not use_kernels or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
-        return F.conv2d(x, weight, bias)
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        return kernels.pointwise(x, weight, bias)
+    if not small_maps.for_pointwise(x):
+        use_kernels = MATRIX_PRODUCTS and kernels.can_use(x)
+        if not use_kernels or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
+            return F.conv2d(x, weight, bias)
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return kernels.pointwise(x, weight, bias)
     rows, matrix = as_rows(x), weight.flatten(1).t()
     # Not F.linear: DeepSpeed's ZeRO 3 replaces it by a version that keeps the gathered weights in memory.
     return as_map(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
@@ -67,28 +69,11 @@ class Depthwise(nn.Conv2d):
         """Compute the convolution with `bias` in place of the module's own bias."""
         if self.has_kernel and kernels.can_use(x):
             return kernels.depthwise(x, self.weight, bias, stride=self.stride[0], residual=self.residual)
-        output = self._convolve_small(x, bias) if self._exceeds(x) else self._conv_forward(x, self.weight, bias)
+        if small_maps.for_depthwise(x, self.weight, self.stride[0]):
+            output = small_maps.convolve(x, self.weight, bias, self.stride[0])
+        else:
+            output = self._conv_forward(x, self.weight, bias)
         return x + output if self.residual else output
-
-    def _exceeds(self, x: Tensor) -> bool:
-        """Return whether outer weights meet only the padding of `x`, and skipping them saves time, as it does on CPUs.
-
-        Compilers and exporters get the plain convolution, which does not depend on the size of the input.
-        """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        return x.device.type == "cpu" and min(x.shape[-2:]) <= self.kernel_size[0] // 2
-
-    def _convolve_small(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve with the weights that meet pixels. The other products are zero, as are their gradients."""
-        weight, before = self.weight, list[int]()
-        padding, stride = self.kernel_size[0] // 2, self.stride[0]
-        for dim, side in enumerate(x.shape[-2:], 2):
-            last = (side - 1) // stride * stride  # position in the input of the last output
-            before.append(min(padding, last))
-            kept = before[-1] + 1 + min(padding, side - 1)
-            weight = weight.narrow(dim, padding - before[-1], kept)
-        return F.conv2d(x, weight, bias, self.stride, before, groups=self.groups)
 
 
 class ResidualDepthwise(Depthwise):
