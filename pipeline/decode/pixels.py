@@ -63,7 +63,8 @@ class PixelsDecoder:
             number, wait, job, extra = started.popleft()
             return self.trace.call(WAIT_FOR_DECODE, number, wait), job, extra
 
-        with Resizer(threads=self.threads, normalisation=self.normalisation) as resizer:
+        # One thread more, because one of them usually waits for the interpreter lock.
+        with Resizer(threads=self.threads + 1, normalisation=self.normalisation) as resizer:
             for number, (job, extra) in enumerate(jobs):
                 started.append((number, resizer.start(windows_of(job), job), job, extra))
                 if len(started) > self.ahead:

@@ -100,9 +100,11 @@ def resized(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize uint8 [H, W, 3] with PyTorch's antialiased bicubic filter. Pixels of this size are returned unchanged."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    # One view, because every operation of PyTorch releases the interpreter lock, and threads wait to get it back.
+    row, (high, wide) = pixels.strides[0], pixels.shape[:2]
+    image = torch.from_numpy(pixels).as_strided((1, 3, high, wide), (high * row, 1, row, 3))
     image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
-    result: Pixels = image[0].permute(1, 2, 0).numpy()
+    result: Pixels = image.numpy()[0].transpose(1, 2, 0)
     return result
 
 
