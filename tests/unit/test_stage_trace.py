@@ -30,7 +30,7 @@ from pipeline.stage_trace import (
 )
 from shards.format.dataset import ShardSet
 
-RECORDED = 12
+RECORDED = 20
 COMMON = {"read", "draw", "augment", "transfer", WAIT_FOR_BATCH, WAIT_FOR_READ, WAIT_FOR_SPACE}
 needs_ffcv = pytest.mark.skipif(
     importlib.util.find_spec("ffcv") is None and os.environ.get("CI") != "true", reason="needs FFCV"
