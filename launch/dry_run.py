@@ -22,7 +22,9 @@ from launch.optim.optimizers import OPTIMIZERS, parameter_groups
 from launch.optim.schedule import lr_schedule
 from launch.prepare import prepare_run
 from pipeline.phases.train_phase import TrainPhase
+from pipeline.storage.memory_cache.layout import CacheLayout
 from shards.errors import UserError
+from shards.memory import GIB
 from shards.redact import printable
 
 SAMPLED_RATES = 8
@@ -87,6 +89,8 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
         f"{plan.global_batch} = {world.size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} images; "
         f"{plan.lanes} lanes",
     )
+    if feed.loader_options.memory_cache:
+        table.add_row("memory cache", describe_memory_cache(feed))
     if len(phases) > 1:
         table.add_row("image sizes", describe_phases(phases, total))
     if data.evaluation_size != data.size:
@@ -117,6 +121,14 @@ def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:
     text = io.StringIO()
     Console(width=110, file=text).print(table)
     return text.getvalue().rstrip()
+
+
+def describe_memory_cache(feed: Feed) -> str:
+    """Return the size of the memory cache and the images that it keeps."""
+    options = feed.loader_options
+    budget, side = int(options.memory_cache * GIB), options.memory_cache_short_side
+    layout = CacheLayout.of(feed.dataset.index("train"), budget=budget, short_side=side, seed=feed.plan.seed)
+    return layout.describe(side)
 
 
 def describe_phases(phases: Sequence[TrainPhase], total: int) -> str:

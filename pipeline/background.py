@@ -157,12 +157,8 @@ class BackgroundLoader(ABC):
         }
 
     def _describe_cache(self) -> dict[str, str]:
-        layout, side = self._layout, self._options.memory_cache_short_side
-        if layout is None:
-            return {}
-        size = "" if side is None else f", short side at most {side}"
-        kept = f"{layout.kept:,} of {len(layout.offsets):,} images ({layout.kept / len(layout.offsets):.1%})"
-        return {"memory cache": f"{layout.size / GIB:.3g} GiB per node: {kept}{size}"}
+        side = self._options.memory_cache_short_side
+        return {} if self._layout is None else {"memory cache": self._layout.describe(side)}
 
     def __next__(self) -> Batch:
         if self._prefetcher is None:

@@ -138,6 +138,11 @@ class LoaderOptions:
                 f"--memory-cache-short-side {self.memory_cache_short_side}: has no effect without --memory-cache; add "
                 "it, or omit this option"
             )
+        if self.memory_cache and self.loader == "synthetic":
+            raise UserError(
+                f"--memory-cache {self.memory_cache:g} --loader synthetic: synthetic images are neither read nor "
+                "decoded; omit --memory-cache"
+            )
         if self.memory_cache and self.dali.gpu_cache:
             raise UserError(
                 f"--memory-cache {self.memory_cache:g} --gpu-cache {self.dali.gpu_cache:g}: a run has one cache of "

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -37,7 +38,8 @@ def training_step(feed: Feed, engine: Engine, *, accumulation: int = 1) -> Step:
 
 def resident_batches(feed: Feed, engine: Engine) -> OpenLoader:
     """Return a function that opens an iterator over batches that are already on the device."""
-    synthetic = feed.with_loader(loader="synthetic", dali=DaliOptions())  # no cache of decoded images
+    without_caches: dict[str, Any] = {"memory_cache": 0.0, "memory_cache_short_side": None, "dali": DaliOptions()}
+    synthetic = feed.with_loader(loader="synthetic", **without_caches)
     return lambda: synthetic.train_loader(step=0, dtype=engine.input_dtype)
 
 

@@ -67,29 +67,27 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
     recipe, device = feed.recipe, engine.world.device
     batch, ahead, cores = feed.shape.micro_rows, feed.loader_options.settings.ahead, usable_cores()
 
-    # A memory cache is measured as it is from the second epoch on: filled with the images of the measured steps.
-    first = feed.train_loader(step=0, dtype=engine.input_dtype)
-    cache = first.memory_cache
-    for _ in range(0 if cache is None else steps + 2 * ahead):
-        next(first)
+    with feed.train_loader(step=0, dtype=engine.input_dtype) as first:
+        # A memory cache is measured as it is from the second epoch on: filled with the images of the measured steps.
+        cache = first.memory_cache
+        for _ in range(0 if cache is None else steps + 2 * ahead):
+            next(first)
 
-    def loader() -> TrainLoader:
-        return feed.train_loader(step=0, dtype=engine.input_dtype, memory_cache=cache)
+        def loader() -> TrainLoader:
+            return feed.train_loader(step=0, dtype=engine.input_dtype, memory_cache=cache)
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    resident, step = resident_batches(feed, engine), training_step(feed, engine)
-    alone, model, both = compare(
-        loader, resident, step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS,
-        begin=progress.begin,
-    )  # fmt: skip
-    memory = _memory(device)
-    resolved = resolved | first.resolved
-    progress.begin("reading without decoding")
-    reading = _reading(feed, steps, ahead)
-    progress.begin("decoding without augmentation")
-    decoding = _decoding(feed, engine, steps, ahead, cache)
-    first.close()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        resident, step = resident_batches(feed, engine), training_step(feed, engine)
+        alone, model, both = compare(
+            loader, resident, step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS,
+            begin=progress.begin,
+        )  # fmt: skip
+        memory, resolved = _memory(device), resolved | first.resolved
+        progress.begin("reading without decoding")
+        reading = _reading(feed, steps, ahead)
+        progress.begin("decoding without augmentation")
+        decoding = _decoding(feed, engine, steps, ahead, cache)
     progress.begin("host cost of each decode path")
     paths = measure_paths(feed, dtype=engine.input_dtype, steps=steps)
     progress.begin("computing the roofline")

@@ -47,6 +47,12 @@ def test_dry_run_describes_the_run_and_writes_nothing(
     assert not out.exists()
 
 
+def test_dry_run_shows_the_memory_cache(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = ("--memory-cache", "0.01", "--memory-cache-short-side", "48")
+    assert run(train, *SMALL, "--data", digits, *cache, "--dry-run") == 0
+    assert "0.00925 GiB per node: 1,437 of 1,437 images (100.0%), short side at most 48" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", [(), ("--dry-run",)])
 def test_invalid_combination_is_rejected_before_the_run_folder_is_created(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: tuple[str, ...]

@@ -304,6 +304,8 @@ def test_impossible_options_are_rejected(photos: Path) -> None:
         loader(photos, memory_cache=1e-6)
     with pytest.raises(UserError, match="--memory-cache -1"):
         LoaderOptions(memory_cache=-1)
+    with pytest.raises(UserError, match="--memory-cache 1 --loader synthetic: synthetic images are neither read nor"):
+        LoaderOptions(loader="synthetic", memory_cache=1)
     with pytest.raises(UserError, match="--memory-cache-short-side 256: has no effect without --memory-cache"):
         LoaderOptions(memory_cache_short_side=256)
 

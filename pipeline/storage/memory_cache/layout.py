@@ -75,6 +75,12 @@ class CacheLayout:
         """Number of samples that the cache keeps."""
         return int((self.offsets != NOT_KEPT).sum())
 
+    def describe(self, short_side: int | None) -> str:
+        """Return size and number of images, for messages."""
+        kept = f"{self.kept:,} of {len(self.offsets):,} images ({self.kept / len(self.offsets):.1%})"
+        side = "" if short_side is None else f", short side at most {short_side}"
+        return f"{self.size / GIB:.3g} GiB per node: {kept}{side}"
+
     @property
     def keeps_all(self) -> bool:
         """Whether the cache keeps all samples of the split."""
