@@ -17,7 +17,12 @@ from torch import Tensor
 from benchmarks.loaders.work import BATCH, MANY_EPOCHS, RECIPE, SIZE, WORKERS, Photos, library, load, transform
 from pipeline.augment.params import crop_windows, flips
 
-WORKER_OPTIONS: dict[str, Any] = {"num_workers": WORKERS, "prefetch_factor": 4, "persistent_workers": True}
+WORKER_OPTIONS: dict[str, Any] = {
+    "num_workers": WORKERS,
+    "prefetch_factor": 4,
+    "persistent_workers": True,
+    "multiprocessing_context": "fork",  # Linux's default; litData and Grain change it for the whole process
+}
 
 
 class PilFiles(torch.utils.data.Dataset[Tensor]):
