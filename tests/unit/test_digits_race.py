@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.digits_race import TARGET, WAYS, summary
+from benchmarks.digits_race import RECIPE, TARGET, WAYS, summary
 from launch.config.command_line import parse
 from launch.race.results import SeedResult
 
@@ -16,7 +16,7 @@ RESULT = SeedResult(0, 200.0, 200.0, TARGET, 9, 198, 1, "CPU", 1)
 def test_both_ways_train_the_same_recipe_except_for_the_size_schedule() -> None:
     recipes = {way: parse(options) for way, options in WAYS.items()}
     without, scheduled = recipes["without"], recipes["with"]
-    assert without == parse(["--recipe", "digits"])
+    assert without == parse(RECIPE.split())
     assert replace(scheduled, data=replace(scheduled.data, size_schedule=None)) == without
     sizes = scheduled.data.sizes
     assert sizes is not None
