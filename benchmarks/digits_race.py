@@ -37,7 +37,7 @@ time: after a change of the size, training needs three to eight epochs. With 8e-
 rate falls, as in trainings on ImageNet, so that the number of epochs decides."""
 SCHEDULE = "16e:32,16e:64"
 WAYS: dict[str, tuple[str, ...]] = {
-    "without": (*shlex.split(RECIPE),),
+    "without": tuple(shlex.split(RECIPE)),
     "with": (*shlex.split(RECIPE), "--size-schedule", SCHEDULE),
 }
 RESULTS = Path(__file__).with_name("results") / "digits_race.json"

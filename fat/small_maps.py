@@ -21,7 +21,8 @@ MAX_PRODUCT = 1024
 
 def for_pointwise(x: Tensor) -> bool:
     """Return whether a 1x1 convolution of `x` is faster as a matrix product: for maps of up to 2 x 2 positions."""
-    return _on_cpu(x) and x.dtype == torch.float32 and x.shape[-2] * x.shape[-1] <= 4
+    small = x.dtype == torch.float32 and x.shape[-2] * x.shape[-1] <= 4
+    return _on_cpu(x) and small and not torch.is_autocast_enabled("cpu")
 
 
 def for_depthwise(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -30,13 +31,11 @@ def for_depthwise(x: Tensor, weight: Tensor, stride: int) -> bool:
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Return whether `x` is on a CPU, without autocast.
+    """Return whether `x` is on a CPU.
 
     Compilers and exporters get plain convolutions, which do not depend on the size of the input.
     """
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -60,7 +59,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
 
 def _trains(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Return whether the weights get a gradient, of a map for which matrix products are faster."""
-    if not (weight.requires_grad and torch.is_grad_enabled()):
+    if not (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
         return False
     height, width = x.shape[-2:]
     outputs = -(-height // stride) * -(-width // stride)
