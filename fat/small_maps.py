@@ -1,8 +1,8 @@
 """Convolutions of small feature maps on CPUs, as in trainings with images of 32 or 64 pixels.
 
 1x1 convolutions of the smallest maps are matrix products. Depthwise convolutions skip weights that meet only padding,
-and the gradient of their weights is a matrix product: for maps of 2 x 2 to 4 x 4, PyTorch's (oneDNN's) takes 20 to 60
-times as long as the gradient of the input.
+and the gradient of their weights is a matrix product. For maps of 2 x 2 to 4 x 4, PyTorch's (oneDNN's) takes most of
+the time of a training step (`benchmarks/small_maps.py` measures what is saved).
 """
 
 from __future__ import annotations
