@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 U64 = NDArray[np.uint64]
 
 # Constants of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-MIX2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN, MIX1, MIX2 = map(np.uint64, (_GOLDEN, _MIX1, _MIX2))
+_27, _30, _31 = map(np.uint64, (27, 30, 31))
+_MASK = 0xFFFFFFFFFFFFFFFF
 
 
 class Stream(IntEnum):
@@ -53,9 +54,9 @@ def mix64(x: U64) -> U64:
 
     The caller suppresses NumPy's overflow warnings; doing so here would cost as much as the arithmetic.
     """
-    x = (x ^ (x >> np.uint64(30))) * MIX1
-    x = (x ^ (x >> np.uint64(27))) * MIX2
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> _30)) * MIX1
+    x = (x ^ (x >> _27)) * MIX2
+    return x ^ (x >> _31)
 
 
 def bits(stream: Stream, *key: ArrayLike) -> U64:
@@ -69,8 +70,11 @@ def bits(stream: Stream, *key: ArrayLike) -> U64:
     Returns:
         uint64 of the key's broadcast shape.
     """
-    with np.errstate(over="ignore"):
-        return extend(mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
+    state, at = _mix_int(int(stream)), 0
+    # Python's integers need a tenth of the time of arrays of one element.
+    while at < len(key) and isinstance(word := key[at], int):
+        state, at = _mix_int(state ^ (word & _MASK)), at + 1
+    return extend(np.asarray(state, dtype=np.uint64), *key[at:])
 
 
 def extend(state: U64, *key: ArrayLike) -> U64:
@@ -79,6 +83,14 @@ def extend(state: U64, *key: ArrayLike) -> U64:
         for word in key:
             state = mix64((state ^ _as_u64(word)) + GOLDEN)
     return state
+
+
+def _mix_int(x: int) -> int:
+    """Return mix64(x + GOLDEN) of one integer in 0 to 2^64 - 1."""
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _MIX1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX2) & _MASK
+    return x ^ (x >> 31)
 
 
 def uniform(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
@@ -148,7 +160,7 @@ def seed64(stream: Stream, *key: int) -> int:
 
 def _as_u64(word: ArrayLike) -> U64:
     if isinstance(word, int):
-        return np.asarray(word & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+        return np.asarray(word & _MASK, dtype=np.uint64)
     array = np.asarray(word)
     if array.dtype == np.uint64:
         return array

@@ -7,6 +7,7 @@ nor imports torch. All loaders use these parameters, so they all produce the sam
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -132,6 +133,8 @@ def crop_windows(
     w, h = _rounded_root(area * aspect), _rounded_root(area / aspect)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     windows = _placed((Stream.CROP, seed, epoch, ids), (h, w), (height, width), fits)
+    if fits.any(axis=1).all():
+        return windows
     low, high = recipe.ratio
     fallback = _centred(
         height, width, np.clip(np.rint(width / low), 1, height), np.clip(np.rint(height * high), 1, width)
@@ -221,6 +224,8 @@ def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tu
 def _erase_boxes(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> Boxes:
     """Draw one erased box per sample, smaller than the sample. All 0: nothing is erased, or no attempt fits."""
     all_boxes = np.zeros((len(ids), 4), np.int32)
+    if recipe.erase == 0:
+        return all_boxes
     erased: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
     ids = ids[erased]
     draw_area, draw_aspect = _tries(Stream.ERASE, seed, epoch, ids)
@@ -266,6 +271,7 @@ def _between(ends: tuple[float, float], u: Floats) -> Floats:
     return ends[0] + (ends[1] - ends[0]) * u
 
 
+@functools.cache
 def _log(ends: tuple[float, float]) -> tuple[float, float]:
     return float(rng.log(ends[0])), float(rng.log(ends[1]))
 

@@ -100,9 +100,8 @@ def resized(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize uint8 [H, W, 3] with PyTorch's antialiased bicubic filter. Pixels of this size are returned unchanged."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    # One view, because every operation of PyTorch releases the interpreter lock, and threads wait to get it back.
-    row, (high, wide) = pixels.strides[0], pixels.shape[:2]
-    image = torch.from_numpy(pixels).as_strided((1, 3, high, wide), (high * row, 1, row, 3))
+    # PyTorch would copy pixels that are not contiguous, on several threads if there are more than its grain size.
+    image = torch.from_numpy(np.ascontiguousarray(pixels).reshape(1, *pixels.shape).transpose(0, 3, 1, 2))
     image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
     result: Pixels = image.numpy()[0].transpose(1, 2, 0)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from PIL import Image
 from skimage import data as photos
 
 from pipeline.decode.job import DecodeJob, Normalisation
-from pipeline.decode.resize import Resizer
+from pipeline.decode.resize import Resizer, resized
 
 SIZE = 64
 WINDOWS = [(0, 0, 300, 451), (10, 20, 100, 60), (50, 51, 64, 64), (100, 100, 31, 97), (5, 300, 7, 9), (299, 0, 1, 451)]
@@ -83,3 +85,20 @@ def test_normalised_output_equals_the_normalised_uint8_output(photo: NDArray[np.
 def test_an_error_in_a_thread_is_raised_at_the_caller(photo: NDArray[np.uint8]) -> None:
     with Resizer(threads=2, normalisation=None) as resize, pytest.raises(RuntimeError):
         resize([np.zeros((0, 0, 3), np.uint8)] * len(WINDOWS), job())
+
+
+def test_a_thread_that_resizes_a_window_starts_no_other_threads(photo: NDArray[np.uint8]) -> None:
+    """A team of OpenMP threads for every thread of a pool would mostly wait."""
+
+    def threads_started() -> int:
+        torch.set_num_threads(3)
+        before = len(os.listdir("/proc/self/task"))
+        resized(photo[10:290, 20:430], SIZE, SIZE)
+        return len(os.listdir("/proc/self/task")) - before
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(threads_started).result() == 0
+    finally:
+        torch.set_num_threads(threads)
