@@ -22,7 +22,7 @@ its documentation recommends for speed, without a GPU except for DALI and FFCV:
 `make peers` installs the libraries. Rows of missing libraries are omitted, with the reason. Use an otherwise idle
 machine.
 
-    python benchmarks/loader.py [--rounds 7] [--images 1024] [--count 2000] [--data DIR] [--loaders NAME ...]
+    python benchmarks/loader.py [--rounds 7] [--images 2048] [--count 2000] [--data DIR] [--loaders NAME ...]
                                 [--out FILE.json]
 """
 
@@ -50,7 +50,7 @@ from launch.cli import main as pipeline
 FULL, PIXELS = "ours, DALI, fat", "ours, pixels"
 OTHER_WORK = (FULL, PIXELS)
 """Rows that augment more, or do not decode JPEGs."""
-WARM_UP = 24 * BATCH  # until the buffers of all batches ahead have been used once
+WARM_UP = 48 * BATCH  # until the pools of buffers grow no more: first use of memory takes longer than the work on it
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Options:
 
     rounds: int = 7
     """Number of interleaved rounds."""
-    images: int = 1024
+    images: int = 2048
     """Images per loader and round."""
     count: int = 2000
     """Number of photos to generate."""

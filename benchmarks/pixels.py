@@ -7,7 +7,7 @@ order, on photos of `pipeline sample photos` (about 500 x 375 pixels), with as m
 - pixels, pixels 256: read from a .beton; 256: shrunk to this short side when the set was made
 - cached, cached 256: all images in the memory cache, filled before the measurement; 256: shrunk when they were cached
 
-    python benchmarks/pixels.py [--rounds 5] [--images 1024] [--count 600] [--data DIR] [--out FILE.json]
+    python benchmarks/pixels.py [--rounds 5] [--images 2048] [--count 600] [--data DIR] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shards.format.dataset import ShardSet
 
 BATCH, SIZE, SHORT_SIDE = 64, 224, 256
 CACHE_GIB = 8.0
-WARM_UP = 24 * BATCH  # until the buffers of all batches ahead have been used once
+WARM_UP = 48 * BATCH  # until the pools of buffers grow no more: first use of memory takes longer than the work on it
 MANY_EPOCHS = 1000
 SETS = {
     "jpeg": (),
@@ -50,7 +50,7 @@ class Options:
 
     rounds: int = 5
     """Number of interleaved rounds."""
-    images: int = 1024
+    images: int = 2048
     """Images per loader and round."""
     count: int = 600
     """Number of photos to generate."""
