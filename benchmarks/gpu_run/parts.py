@@ -1,8 +1,9 @@
 """The parts of `benchmarks/gpu.py` (tests, benchmarks and training runs) in the order in which they run.
 
 `contact` runs everything once: first tests in parallel, then timed parts one at a time. `measure` has only timed parts,
-the most important first. Both together are expected to take at most `BUDGET` seconds. `sweep` (launch configurations)
-and `peers` (other models under torch.compile, a minute each) are for additional time.
+the most important first. Both together are expected to take at most `BUDGET` seconds. `sweep` (launch configurations),
+`short` (stored pixels and progressive resizing) and `peers` (other models under torch.compile, a minute each) are for
+additional time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / ".kit"  # folder of packages and compiled kernels for machines without access to a package index
-PROFILES = ("contact", "measure", "sweep", "peers")
+PROFILES = ("contact", "measure", "sweep", "short", "peers")
 BUDGET = 590.0  # seconds for `contact` and `measure` together
 LIMIT = 2.0  # time limit of a part, as a multiple of its expected time
 LEAST_LIMIT = 30.0  # minimum time limit in seconds: a cold disk or driver delays short parts by more than LIMIT allows
@@ -70,7 +71,7 @@ class Part:
 
 def parts() -> list[Part]:
     """Return all parts in order."""
-    return [*contact(), *measure(), *sweep(), *peers()]
+    return [*contact(), *measure(), *sweep(), *short(), *peers()]
 
 
 def contact() -> Iterator[Part]:
@@ -295,6 +296,41 @@ def sweep() -> Iterator[Part]:
         expected=70,
         least=40,
         shown=150,
+    )
+
+
+def short() -> Iterator[Part]:
+    """Yield the parts that measure what short recipes need: input for fast models, and training at several sizes."""
+
+    def part(name: str, *commands: Command, **settings: object) -> Part:
+        return Part(name=name, profile="short", commands=commands, **settings)  # type: ignore[arg-type]
+
+    yield part(
+        "loader-pixels",
+        python(
+            *("benchmarks/loader.py", "--data", "{data}", "--count", "{photos}", "--rounds", "2", "--images", "16384"),
+            *("--loaders", "ours, DALI", "ours, DALI, fat", "ours, pixels", "DALI's own", "--out", "{out}"),
+        ),
+        expected=40,
+        least=25,
+        uses=("data/photos", "data/photos-shards"),
+        shown=14,
+        # Two batches need more photos than a rehearsal has.
+        on_cpu=(
+            *("--data", "{run}", "--count", "160", "--images", "64", "--rounds", "1"),
+            *("--loaders", "ours, pixels"),
+        ),
+    )
+    yield part(
+        "sizes",
+        train(
+            *("--variant", "b0", "--data", "{data}/photos-shards", "--out", "{run}", "--global-batch", "256"),
+            *("--epochs", "12", "--warmup-epochs", "1", "--size-schedule", "0:128,34:192,67:224", "--log-every", "7"),
+        ),
+        expected=70,
+        least=50,
+        uses=("data/photos-shards",),
+        on_cpu=("--stop-after", "1", "--global-batch", "4"),
     )
 
 

@@ -151,7 +151,7 @@ def test_every_command_line_is_accepted(part: Part, on_cpu: bool, monkeypatch: p
 
 def test_less_important_benchmarks_are_in_no_profile() -> None:
     words = [word for part in table.parts() for command in part.commands for word in command]
-    for absent in ("inference", "ffcv", "tune", "benchmarks/model.py", "benchmarks/loader.py", "max-autotune"):
+    for absent in ("inference", "ffcv", "tune", "benchmarks/model.py", "max-autotune"):
         assert absent not in words
     assert not [part.name for part in table.parts() if part.name.startswith("compiled-b") and "b0" not in part.name]
 
@@ -567,7 +567,7 @@ def test_every_benchmark_is_summarized_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["contract"], "unknown profile contract: expected contact, measure, sweep, peers"),
+        (["contract"], "unknown profile contract: expected contact, measure, sweep, short, peers"),
         (["--only", "("], "not a valid regular expression"),
         (["measure", "--only", "step-b9"], "--only step-b9: no part matches; the parts are step-b3, bench-b3"),
     ],
