@@ -100,7 +100,7 @@ class Checks:
         return {
             "resize": partial(self.outputs, "resize"),
             "resize, flip": partial(self.outputs, "flip"),
-            "resize, flip, normalise": partial(self.outputs, "normalise"),
+            "resize, flip, normalize": partial(self.outputs, "normalize"),
             "evaluation: resize, crop": partial(self.outputs, "evaluation"),
         }
 
@@ -111,7 +111,7 @@ class Checks:
             found = self.next(pipe)
         shapes = {tuple(image.shape) for image in found}
         mean = torch.stack([image.float().mean() for image in found]).mean().item()
-        if not np.isfinite(mean) or (stage != "normalise" and not 0 < mean < 255):
+        if not np.isfinite(mean) or (stage != "normalize" and not 0 < mean < 255):
             raise ValueError(f"mean pixel value {mean} is not plausible for photos")
         shown = str(next(iter(shapes))) if len(shapes) == 1 else f"{len(shapes)} shapes"
         return f"{len(found)} images, {shown}, {found[0].dtype} on {found[0].device}, mean {mean:.2f}"
@@ -195,7 +195,7 @@ class Checks:
                 images = fn.resize(images, size=[SIZE, SIZE], **CUBIC)
             if stage == "flip":
                 images = fn.flip(images, horizontal=mirror)
-            if stage == "normalise":
+            if stage == "normalize":
                 mean, std = ([255 * value for value in values] for values in (RECIPE.mean, RECIPE.std))
                 images = fn.crop_mirror_normalize(
                     images, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std, mirror=mirror

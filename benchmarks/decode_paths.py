@@ -2,7 +2,7 @@
 
     python benchmarks/decode_paths.py [--rounds 5] [--steps 8] [--batch 64] [--count 600] [--data DIR] [--out FILE.json]
 
-Photos of `pipeline sample photos`, random resized crop to 224 pixels, flip and normalisation, no further augmentation:
+Photos of `pipeline sample photos`, random resized crop to 224 pixels, flip and normalization, no further augmentation:
 
 - the paths of `pipeline bench` (launch/bench/decode_paths.py) on the GPU if there is one, else on CPUs
 - `decode only, window` and `decode only, whole`: DALI's CPU decoder alone, without reading and resizing; this is what

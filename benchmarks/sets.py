@@ -122,7 +122,7 @@ def training_boxes(images: list[Pixels]) -> Box:
 
 
 def evaluation_boxes(images: list[Pixels]) -> Box:
-    """Return the centre crops, float64 [n, 4]."""
+    """Return the center crops, float64 [n, 4]."""
     heights, widths = (np.array([image.shape[axis] for image in images], np.int32) for axis in (0, 1))
     windows, regions = eval_windows(heights, widths, SIZE)
     return np.hstack([windows[:, :2] + regions[:, :2], regions[:, 2:]])
@@ -145,8 +145,8 @@ class Original:
     def __init__(self, images: list[Pixels]) -> None:
         self.images, self.windows = images, training_boxes(images)
         self.training = [model_input(image, box) for image, box in zip(images, self.windows, strict=True)]
-        centres = evaluation_boxes(images)
-        self.evaluation = [model_input(image, box) for image, box in zip(images, centres, strict=True)]
+        centers = evaluation_boxes(images)
+        self.evaluation = [model_input(image, box) for image, box in zip(images, centers, strict=True)]
 
     def differences(self, images: list[Pixels]) -> dict[str, float]:
         """Return the differences of a set with the same samples."""

@@ -93,19 +93,19 @@ def train(
 
 
 def draw(count: int, size: int, generator: torch.Generator) -> tuple[list[Tensor], list[Objects]]:
-    """Draw one disc and one square per image, each in the colour of its class, on a background of noise."""
-    colours = torch.tensor([[0.9, 0.5, 0.3], [0.3, 0.6, 0.9]])
+    """Draw one disc and one square per image, each in the color of its class, on a background of noise."""
+    colors = torch.tensor([[0.9, 0.5, 0.3], [0.3, 0.6, 0.9]])
     images = (0.5 + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     objects = []
     for image in images:
         radii = size * (0.12 + 0.13 * torch.rand(2, generator=generator))
-        centres = radii[:, None] + torch.rand(2, 2, generator=generator) * (size - 2 * radii[:, None])
-        for label, (radius, (cx, cy), colour) in enumerate(zip(radii, centres, colours, strict=True), start=1):
+        centers = radii[:, None] + torch.rand(2, 2, generator=generator) * (size - 2 * radii[:, None])
+        for label, (radius, (cx, cy), color) in enumerate(zip(radii, centers, colors, strict=True), start=1):
             dx, dy = (x - cx).abs(), (y - cy).abs()
             inside = dx**2 + dy**2 < radius**2 if label == 1 else torch.maximum(dx, dy) < radius
-            image[:, inside] = colour[:, None]
-        boxes = torch.cat([centres - radii[:, None], centres + radii[:, None]], dim=1)
+            image[:, inside] = color[:, None]
+        boxes = torch.cat([centers - radii[:, None], centers + radii[:, None]], dim=1)
         objects.append({"boxes": boxes, "labels": torch.tensor([1, 2])})
     return list(images), objects
 

@@ -67,7 +67,7 @@ def train(
 
 
 def draw(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one disc and one square per image, each in the colour of its class, on a background of noise.
+    """Draw one disc and one square per image, each in the color of its class, on a background of noise.
 
     Returns:
         Images, float [count, 3, size, size], and masks, int64 [count, size, size], of indices into `CLASSES`.
@@ -75,15 +75,15 @@ def draw(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Ten
     images = 0.5 * torch.randn(count, 3, size, size, generator=generator)
     masks = torch.zeros(count, size, size, dtype=torch.int64)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    colours = {1: torch.tensor([1.5, 0.0, -0.5]), 2: torch.tensor([-0.5, 0.5, 1.5])}
+    colors = {1: torch.tensor([1.5, 0.0, -0.5]), 2: torch.tensor([-0.5, 0.5, 1.5])}
     for image, mask in zip(images, masks, strict=True):
-        for kind, colour in colours.items():
-            centre = torch.rand(2, generator=generator) * size
+        for kind, color in colors.items():
+            center = torch.rand(2, generator=generator) * size
             radius = size * (0.12 + 0.13 * torch.rand(1, generator=generator))
-            dy, dx = (y - centre[0]).abs(), (x - centre[1]).abs()
+            dy, dx = (y - center[0]).abs(), (x - center[1]).abs()
             inside = dy**2 + dx**2 < radius**2 if kind == 1 else torch.maximum(dy, dx) < radius
             mask[inside] = kind
-            image[:, inside] += colour[:, None]
+            image[:, inside] += color[:, None]
     return images, masks
 
 

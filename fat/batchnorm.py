@@ -29,7 +29,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     @property
     def can_fold(self) -> bool:
-        """Whether BatchNorm normalises with batch statistics and has an affine transform, as it does in training."""
+        """Whether BatchNorm normalizes with batch statistics and has an affine transform, as it does in training."""
         return self.training and self.momentum is not None and self.affine and self.track_running_stats
 
     def sync_stats(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

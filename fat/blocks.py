@@ -90,11 +90,11 @@ class Block(FusingModule):
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x with its positional encoding, and the attention branch that is added to it."""
-        x, normalised = convolve_norm(self.cpe, self.norm1, x, fuses=self._fuses_cpe)
-        return x, self.attn(normalised)
+        x, normalized = convolve_norm(self.cpe, self.norm1, x, fuses=self._fuses_cpe)
+        return x, self.attn(normalized)
 
-    def _ffn_residual(self, x: Tensor, normalised: Tensor) -> Tensor:
-        return self.drop_path(self.shortcut(x), self.ffn(normalised))
+    def _ffn_residual(self, x: Tensor, normalized: Tensor) -> Tensor:
+        return self.drop_path(self.shortcut(x), self.ffn(normalized))
 
 
 class Shortcut(FusingModule, nn.Sequential):

@@ -94,7 +94,7 @@ class FATConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-serialisable values, which `FATConfig.from_dict` accepts."""
+        """Return the fields as JSON-serializable values, which `FATConfig.from_dict` accepts."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 

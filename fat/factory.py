@@ -54,7 +54,7 @@ def create_model(
     out_indices: int | Sequence[int] | None = None,
     **dimensions: Any,
 ) -> Trunk:
-    """Create a FAT model in training mode, with PyTorch's default initialisation from its default generator.
+    """Create a FAT model in training mode, with PyTorch's default initialization from its default generator.
 
     Args:
         name: one of `list_models()`, or a config. The variants have 1000 classes, 3 input channels and the paper's drop
@@ -62,7 +62,7 @@ def create_model(
         num_classes: replaces the config's number of classes; 0 creates a model without classifier.
         in_chans, drop_path, dimensions: replace these or any other fields of the config (`FATConfig`).
         weights: file to load weights from (`load_weights`); decisions about its content are issued as warnings.
-        replace_head: keep the newly initialised classifier if the file's classifier has another number of classes,
+        replace_head: keep the newly initialized classifier if the file's classifier has another number of classes,
             which is otherwise an error.
         features_only: return the feature maps of the stages instead of logits (`FATFeatures`).
         out_indices: stages whose feature maps `features_only` returns: numbers from 0 to 3 in ascending order, where

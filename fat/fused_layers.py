@@ -1,4 +1,4 @@
-"""Neighbouring layers computed in one pass over memory, where FAT's kernels can be used.
+"""Neighboring layers computed in one pass over memory, where FAT's kernels can be used.
 
 `fuses` says whether the modules have the classes that the fused operator requires; the module that contains them
 decides this in advance (`fat.layers.FusingModule`). Otherwise they are called one after the other. Inputs and results

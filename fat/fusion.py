@@ -36,12 +36,12 @@ def fuse(model: Model) -> Model:
 
 
 def _fold_residual(conv: nn.Conv2d) -> nn.Conv2d:
-    """Return x + conv(x) as one convolution, with 1 added at the centre of its kernel; other convolutions unchanged."""
+    """Return x + conv(x) as one convolution, with 1 added at the center of its kernel; other convolutions unchanged."""
     if not isinstance(conv, ResidualDepthwise):
         return conv
-    centre = conv.kernel_size[0] // 2
+    center = conv.kernel_size[0] // 2
     weight = conv.weight.detach().clone()
-    weight[:, 0, centre, centre] += 1
+    weight[:, 0, center, center] += 1
     return _with_weights(conv, weight, conv.bias)
 
 

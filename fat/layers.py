@@ -178,8 +178,8 @@ def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
     nhwc = x.permute(0, 2, 3, 1)
     rows = nhwc.flatten(1)
-    normalised = F.layer_norm(rows, rows.shape[1:], eps=eps).view(nhwc.shape)
-    return torch.addcmul(bias, normalised, weight).permute(0, 3, 1, 2)
+    normalized = F.layer_norm(rows, rows.shape[1:], eps=eps).view(nhwc.shape)
+    return torch.addcmul(bias, normalized, weight).permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):

@@ -88,7 +88,7 @@ class FAT(Trunk):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the normalised feature map of the last stage: [B, widths[3], ceil(H / 32), ceil(W / 32)]."""
+        """Return the normalized feature map of the last stage: [B, widths[3], ceil(H / 32), ceil(W / 32)]."""
         x = self.stem(images)
         for stage in self.stages:
             x = stage(x)
@@ -108,7 +108,7 @@ class FAT(Trunk):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a newly initialised one; with num_classes=0 the model returns pooled features.
+        """Replace the classifier by a newly initialized one; with num_classes=0 the model returns pooled features.
 
         global_pool: "avg"; "" to return the feature map [B, widths[3], H, W] without pooling, which requires
         num_classes=0; None to leave it unchanged.
@@ -184,7 +184,7 @@ class FATFeatures(Trunk):
 
     Feature map i is float [B, channels[i], ceil(H / reduction[i]), ceil(W / reduction[i])], in channels-last memory,
     with channels and reduction from `feature_info`. It is taken after the stage's last attention, before the stage
-    halves the resolution, and is not normalised. Stages after the last feature map are not part of the model.
+    halves the resolution, and is not normalized. Stages after the last feature map are not part of the model.
 
     out_indices: stages whose feature maps are returned, as in `FAT.forward_intermediates`, in ascending order.
     """

@@ -49,7 +49,7 @@ def _entry_point(name: str) -> Callable[..., Trunk]:
                 raise ValueError(
                     f"{name}: no weights are published; pass weights=FILE, or pretrained_cfg_overlay={{'file': FILE}}"
                 )
-            # As in timm, a classifier for other classes is initialised.
+            # As in timm, a classifier for other classes is initialized.
             options = {"weights": cfg["file"], "replace_head": True, **options}
         if options.pop("drop_rate", 0):
             raise ValueError(f"{name}: drop_rate: FAT has no dropout; use drop_path_rate")

@@ -159,7 +159,7 @@ def _run(args: Sequence[str], training: Sequence[str]) -> int:
 
 
 def _check_names(args: Sequence[str]) -> None:
-    """Raise UserError for a misspelt subcommand or option."""
+    """Raise UserError for a misspelled subcommand or option."""
     if not args or args[0].startswith("-"):
         return
     check_subcommand(args[0], SUBCOMMANDS, command="pipeline")

@@ -21,7 +21,7 @@ from pipeline.batch import Batch
 from pipeline.decode.cached import CachedPixels, CacheUse
 from pipeline.decode.choose import make_cache, make_decoder, resolve_loader
 from pipeline.decode.hardware import describe_jpeg_decoder, resolve_hw_decoder_load
-from pipeline.decode.job import Normalisation
+from pipeline.decode.job import Normalization
 from pipeline.feed_process.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.loaders.node_cache import open_node_cache
@@ -268,7 +268,7 @@ class BackgroundLoader(ABC):
         *,
         rows: int,
         evaluation: bool = False,
-        normalisation: Normalisation | None = None,
+        normalization: Normalization | None = None,
     ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
         """Decode, crop, resize and flip images; yield [n, job.size, job.size, 3] on the device (see `Decoder`)."""
         settings, cache, pixels = self._settings, self._memory_cache, self._pixels
@@ -292,7 +292,7 @@ class BackgroundLoader(ABC):
             batch=rows,
             device=self._device,
             evaluation=evaluation,
-            normalisation=normalisation,
+            normalization=normalization,
             cache=self._gpu_cache,
             trace=self.stage_trace,
             pixels=pixels,
@@ -348,9 +348,9 @@ class BackgroundLoader(ABC):
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
-    def _channels_first(self, normalised: torch.Tensor) -> torch.Tensor:
+    def _channels_first(self, normalized: torch.Tensor) -> torch.Tensor:
         """Convert float32 [n, H, W, 3] to [n, 3, H, W] in the loader's dtype; a view if that is float32."""
-        return normalised.permute(0, 3, 1, 2).to(self._dtype)
+        return normalized.permute(0, 3, 1, 2).to(self._dtype)
 
     def _labels(self, encoded: Encoded) -> torch.Tensor:
         return self._to_device(encoded.rows["label"].astype(np.int64))

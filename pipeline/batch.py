@@ -30,7 +30,7 @@ class Batch:
     """One micro-batch of one rank. Tensors are on the loader's device, NumPy arrays on the host."""
 
     images: torch.Tensor
-    """float [B, 3, size, size] in the loader's dtype, RGB, channels-last, normalised; in training also augmented and
+    """float [B, 3, size, size] in the loader's dtype, RGB, channels-last, normalized; in training also augmented and
     mixed."""
     labels: torch.Tensor
     """int64 [B]: class numbers. For mixed rows, the label before mixing."""

@@ -30,7 +30,7 @@ from shards.format.manifest_fields import MAX_SAMPLES
 CROP_PCT = 0.875
 # Ratio of the longer to the shorter side above which an image is cropped before it is resized for evaluation.
 MAX_ASPECT = 8
-# Source pixels that the bicubic filter reads on each side of its centre; multiplied by the scale when downsampling.
+# Source pixels that the bicubic filter reads on each side of its center; multiplied by the scale when downsampling.
 CUBIC_SUPPORT = 2
 # Number of steps whose mixing parameters are drawn together, which needs a sixteenth of the NumPy calls.
 MIX_STEPS = 16
@@ -140,7 +140,7 @@ class TrainJobs(Jobs):
 
 @dataclass(kw_only=True)
 class EvalJobs(Jobs):
-    """The batches of one rank of an evaluation: the centre of images whose short side is resized to size / crop_pct."""
+    """The batches of one rank of an evaluation: the center of images whose short side is resized to size / crop_pct."""
 
     plan: EvalPlan
     shard_samples: NDArray[np.int64]
@@ -231,7 +231,7 @@ def open_reader(
 def eval_geometry(
     heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Compute the resized sizes (height, width) and centre-crop corners (y, x) of an evaluation, each int32 [n, 2].
+    """Compute the resized sizes (height, width) and center-crop corners (y, x) of an evaluation, each int32 [n, 2].
 
     They are rounded like in torchvision's `Resize` and `CenterCrop`.
 
@@ -253,7 +253,7 @@ def eval_windows(
     """Compute the `DecodeJob` windows (int32 [n, 4]) and regions (float64 [n, 4]) of `eval_geometry`.
 
     The window is the whole image. If one side is more than `MAX_ASPECT` times the other, it is only the part that the
-    filter reads for the centre crop, because resizing all of, for example, 65,500 x 2 pixels would take 6 GB of memory.
+    filter reads for the center crop, because resizing all of, for example, 65,500 x 2 pixels would take 6 GB of memory.
     """
     sides = np.stack([heights, widths], axis=1).astype(np.float64)
     resize, anchor = eval_geometry(heights, widths, size, crop_pct)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.pixels import BatchAugment, normalise
+from pipeline.augment.pixels import BatchAugment, normalize
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.augment.workers import Workers
 from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch, TargetOptions, timed_event
 from pipeline.batch_shape import BatchShape
-from pipeline.decode.job import Normalisation
+from pipeline.decode.job import Normalization
 from pipeline.jobs import CROP_PCT, EvalJobs, PreparedBatch, TrainJobs, eval_geometry
 from pipeline.loaders.epochs import EpochLoader
 from pipeline.options import DaliOptions, LoaderOptions
@@ -160,16 +160,16 @@ class TrainLoader(EpochLoader):
                 target_options=self._targets,
             )
             return
-        # On a CPU, normalising in the decoder is free, because the pixels are still in the CPU's cache. It is possible
+        # On a CPU, normalizing in the decoder is free, because the pixels are still in the CPU's cache. It is possible
         # only if nothing else follows the decoder.
         recipes = [phase.augment for phase in self._phases]
         by_decoder = self._device.type == "cpu" and not any(each.policy or each.erase or each.mixes for each in recipes)
-        normalisation = Normalisation(recipes[0].mean, recipes[0].std) if by_decoder else None
+        normalization = Normalization(recipes[0].mean, recipes[0].std) if by_decoder else None
         rows = max(phase.shape.micro_rows for phase in self._phases)
         with (
             self._prepare(self._jobs()) as prepared,
             # Close explicitly: the traceback of an error in a later stage would keep these generators alive.
-            closing(self._decode(prepared, rows=rows, normalisation=normalisation)) as decoded,
+            closing(self._decode(prepared, rows=rows, normalization=normalization)) as decoded,
             Workers(self._settings.decode_threads) as workers,
         ):
             augment = self._to_channels_first if by_decoder else self._augmenter(workers)
@@ -181,7 +181,7 @@ class TrainLoader(EpochLoader):
         return self._channels_first(pixels), batch
 
     def _augmenter(self, workers: Workers) -> Callable[[DecodedBatch], DecodedBatch]:
-        """Return a function that applies RandAugment, normalisation, random erasing and mixing on the device."""
+        """Return a function that applies RandAugment, normalization, random erasing and mixing on the device."""
         augment = {  # the size is the only field that an augmentation of decoded pixels takes from its recipe
             phase.augment.size: BatchAugment(
                 phase.augment, self._device, self._dtype, kernels=self._kernels, workers=workers
@@ -217,14 +217,14 @@ class EvalLoader(BackgroundLoader):
     """Iterable over the batches of one rank of an evaluation. All ranks together deliver each sample exactly once.
 
     Each call of `iter` starts a new evaluation. The images are resized (bicubic) so that the short side has
-    `size / crop_pct` pixels, and the centre `size` x `size` pixels are cropped. A bad sample that may be skipped
+    `size / crop_pct` pixels, and the center `size` x `size` pixels are cropped. A bad sample that may be skipped
     (`options`) is not replaced: its row is excluded by the batch's mask.
 
     Args:
         dataset: the shard set, from `pipeline.storage.remote.shard_set.open_set`.
         plan: the samples of this rank.
         size: side of the images in pixels.
-        mean, std: normalisation of the red, green and blue channels, for values in 0 to 1.
+        mean, std: normalization of the red, green and blue channels, for values in 0 to 1.
         device: device of the delivered tensors: cpu, cuda or cuda:N. With a CUDA device, DALI decodes on the GPU. None:
             the GPU of this process if there is one, else the CPU.
         dtype: floating-point dtype of the images.
@@ -323,22 +323,22 @@ class EvalLoader(BackgroundLoader):
             )
             return
         by_decoder = self._device.type == "cpu"
-        normalisation = Normalisation(self._mean, self._std) if by_decoder else None
+        normalization = Normalization(self._mean, self._std) if by_decoder else None
         with (
             self._prepare(self._jobs()) as prepared,
             closing(
-                self._decode(prepared, rows=self._plan.batch, evaluation=True, normalisation=normalisation)
+                self._decode(prepared, rows=self._plan.batch, evaluation=True, normalization=normalization)
             ) as decoded,
         ):
-            for_device = self._channels_first if by_decoder else self._normalise
-            normalised = self.stage_trace.map("augment", lambda each: (for_device(each[0]), each[1]), decoded)
-            yield from self.stage_trace.map("transfer", self._batch, normalised)
+            for_device = self._channels_first if by_decoder else self._normalize
+            normalized = self.stage_trace.map("augment", lambda each: (for_device(each[0]), each[1]), decoded)
+            yield from self.stage_trace.map("transfer", self._batch, normalized)
 
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        return normalise(pixels, self._mean, self._std, self._dtype)
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        return normalize(pixels, self._mean, self._std, self._dtype)
 
-    def _batch(self, normalised: DecodedBatch) -> Batch:
-        images, batch = normalised
+    def _batch(self, normalized: DecodedBatch) -> Batch:
+        images, batch = normalized
         position, encoded = batch.request.position, batch.job.encoded
         planned = self._plan.ids(position.step)
         # An evaluation has no replacement samples: the row of a bad sample is masked out.

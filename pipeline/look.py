@@ -37,7 +37,7 @@ Pixels = NDArray[np.uint8]
 
 MARGIN, FONT_SIZE = 6, 11
 MIN_PANEL = 128
-WINDOW_COLOUR = (255, 40, 40)
+WINDOW_COLOR = (255, 40, 40)
 CAPTION_LINES = 4
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
 
@@ -132,7 +132,7 @@ class Look:
 
         progress.begin(f"loading {count} images")
         batch = self._batch(dataset, count, recipe)
-        received = denormalised(batch.images.float().cpu().numpy(), recipe)
+        received = denormalized(batch.images.float().cpu().numpy(), recipe)
         progress.begin("reading and drawing their sources")
         beton = self.loader == "ffcv" or not dataset.split(self.split).tars
         with SampleReader(open_storage(dataset, self.split, beton=beton)) as reader:
@@ -143,15 +143,15 @@ class Look:
             windows: NDArray[Any] = params.windows
             operations = [describe(params, i) for i in range(count)]
         else:
-            windows = centre_crops(**sizes, size=self.size, crop_pct=self._crop_pct)
-            operations = ["centre crop"] * count
+            windows = center_crops(**sizes, size=self.size, crop_pct=self._crop_pct)
+            operations = ["center crop"] * count
         cells = []
         for i, row in enumerate(encoded.rows):
             source = source_image(encoded, i)
             panels = [with_crop_window(source, windows[i], self.size), received[i]]
             title = f"{printable(dataset.manifest.classes[int(row['label'])].title)} #{batch.ids[i]}"
             if self.diff:
-                (reference,) = denormalised(reference_sample(source, recipe, params, i)[None], recipe)
+                (reference,) = denormalized(reference_sample(source, recipe, params, i)[None], recipe)
                 error = np.abs(reference.astype(int) - received[i])
                 title += f"; PIL (right) differs by {error.mean():.2f} levels on average, {error.max()} at most"
                 panels.append(reference)
@@ -226,14 +226,14 @@ def source_image(encoded: Encoded, row: int) -> Image.Image:
         raise DecodeError.of([encoded.ids[row]], first_line(error) or type(error).__name__) from error
 
 
-def denormalised(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:
-    """Convert normalised images, float32 [n, 3, H, W], to n images of uint8 [H, W, 3]."""
+def denormalized(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:
+    """Convert normalized images, float32 [n, 3, H, W], to n images of uint8 [H, W, 3]."""
     mean, std = (np.asarray(values).reshape(3, 1, 1) for values in (recipe.mean, recipe.std))
     pixels = np.rint((images * std + mean) * 255).clip(0, 255).astype(np.uint8)
     return list(pixels.transpose(0, 2, 3, 1))
 
 
-def centre_crops(
+def center_crops(
     heights: NDArray[np.int32], widths: NDArray[np.int32], *, size: int, crop_pct: float
 ) -> NDArray[np.float64]:
     """Return the crop windows of an evaluation in the source images: (y, x, height, width), float64 [n, 4]."""
@@ -256,7 +256,7 @@ def with_crop_window(source: Image.Image, window: NDArray[Any], size: int) -> Pi
     square.paste(source.resize((width, height), Image.Resampling.BICUBIC), corner)
     y, x, high, wide = (window * scale).tolist()
     left, top = corner[0] + x, corner[1] + y
-    ImageDraw.Draw(square).rectangle((left, top, left + wide - 1, top + high - 1), outline=WINDOW_COLOUR)
+    ImageDraw.Draw(square).rectangle((left, top, left + wide - 1, top + high - 1), outline=WINDOW_COLOR)
     return np.asarray(square)
 
 

@@ -50,7 +50,7 @@ class Stream(IntEnum):
 
 
 def mix64(x: U64) -> U64:
-    """Apply the finaliser of SplitMix64, a bijection of uint64 in which every input bit affects every output bit.
+    """Apply the finalizer of SplitMix64, a bijection of uint64 in which every input bit affects every output bit.
 
     The caller suppresses NumPy's overflow warnings; doing so here would cost as much as the arithmetic.
     """

@@ -1,4 +1,4 @@
-"""Conventions of all commands: --version, suggestions for misspelt names, colours, and readers that stop early."""
+"""Conventions of all commands: --version, suggestions for misspelled names, colors, and readers that stop early."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def check_options(
 ) -> None:
     """Check the names of options before tyro parses their values.
 
-    tyro reports a misspelt option as a missing argument if the command has positional arguments.
+    tyro reports a misspelled option as a missing argument if the command has positional arguments.
 
     Args:
         known: options of the command (`option_names`).

@@ -41,7 +41,7 @@ Side = Annotated[int, Interval(ge=1, le=8192)]
 ModelSide = Annotated[int, Interval(ge=32, le=8192)]
 """Side of a model's square input images, in pixels; FAT downsamples images by a factor of 32."""
 CropPct = Annotated[float, Interval(ge=0.1, le=1)]
-"""Fraction of the short side that the centre crop of an evaluation keeps. Images are first resized to size / crop_pct
+"""Fraction of the short side that the center crop of an evaluation keeps. Images are first resized to size / crop_pct
 pixels, so a small one would make them huge."""
 MAX_BATCH = 1_000_000
 Batch = Annotated[int, Interval(ge=1, le=MAX_BATCH)]

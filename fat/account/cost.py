@@ -40,7 +40,7 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        """Floating-point operations of forward and backward pass, as counted for model FLOP utilisation (MFU): two for
+        """Floating-point operations of forward and backward pass, as counted for model FLOP utilization (MFU): two for
         each multiply-accumulate, and twice as many in the backward as in the forward pass."""
         return 6 * self.macs
 

@@ -67,7 +67,7 @@ def _gray_8bit(image: Image) -> Tensor:
 
 
 def _to_srgb(image: Image) -> ImageCmsTransform | None:
-    """Return the transform of the image's colours to sRGB; None if none is needed or its profile is invalid."""
+    """Return the transform of the image's colors to sRGB; None if none is needed or its profile is invalid."""
     profile = image.info.get("icc_profile")
     if image.mode == "LAB":
         mode, space = "LAB", ""

@@ -1,4 +1,4 @@
-"""The preprocessing of evaluation as a function of one image: resize, crop the centre, normalise."""
+"""The preprocessing of evaluation as a function of one image: resize, crop the center, normalize."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # As in evaluation (`pipeline.jobs`): ratio of the sides above which only a part of the image is resized, and source
-# pixels that the bicubic filter reads on each side of its centre.
+# pixels that the bicubic filter reads on each side of its center.
 MAX_ASPECT = 8
 CUBIC_SUPPORT = 2
 
@@ -29,8 +29,8 @@ CUBIC_SUPPORT = 2
 class ImageTransform:
     """Prepare images for a model with exactly the pixels of an evaluation on a CPU.
 
-    The short side is resized to size / crop_pct pixels with a bicubic, antialiasing filter, the centre is cropped, and
-    the channels are normalised. The result differs from that of timm and torchvision, which resize with Pillow, by
+    The short side is resized to size / crop_pct pixels with a bicubic, antialiasing filter, the center is cropped, and
+    the channels are normalized. The result differs from that of timm and torchvision, which resize with Pillow, by
     rounding: at most 2 of 255 levels. On a GPU, DALI decodes and resizes for evaluations, with other rounding.
     """
 
@@ -72,7 +72,7 @@ class ImageTransform:
         )
 
     def __call__(self, image: Tensor | Image) -> Tensor:
-        """Return normalised images on the CPU: float32 [3, size, size], or [B, 3, size, size] for a batch.
+        """Return normalized images on the CPU: float32 [3, size, size], or [B, 3, size, size] for a batch.
 
         Args:
             image: PIL image of any mode (`rgb_pixels` converts it to RGB), or uint8 tensor [C, H, W] or [B, C, H, W] on
@@ -83,17 +83,17 @@ class ImageTransform:
             ValueError: the tensor has another dtype, shape or device, or the values of the PIL image that are black and
                 white are unknown.
         """
-        return self.normalise(self.crop(image))
+        return self.normalize(self.crop(image))
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Return the normalised pixels of `crop`: uint8 -> float32, of the same shape and on the same device."""
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return the normalized pixels of `crop`: uint8 -> float32, of the same shape and on the same device."""
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (self.mean, self.std))
         scale, offset = (1 / (255 * std)).float(), (-mean / std).float()
         # One multiplication and one addition in float32, with the rounding of evaluation.
         return pixels.float().mul_(scale.to(pixels.device)).add_(offset.to(pixels.device))
 
     def crop(self, image: Tensor | Image) -> Tensor:
-        """Return the pixels before normalisation: uint8 [3, size, size], or [B, 3, size, size]. See `__call__`."""
+        """Return the pixels before normalization: uint8 [3, size, size], or [B, 3, size, size]. See `__call__`."""
         pixels = image if isinstance(image, Tensor) else rgb_pixels(image)
         if pixels.dtype != torch.uint8 or pixels.device.type != "cpu":
             raise ValueError(

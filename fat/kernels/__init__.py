@@ -227,16 +227,16 @@ def add_norm(
     x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return y = `add` of x and branch, and `norm` of y."""
-    total, normalised, _, _ = ops.add_norm(_cast(x), _cast(branch), scale, weight, bias, eps)
-    return total, normalised
+    total, normalized, _, _ = ops.add_norm(_cast(x), _cast(branch), scale, weight, bias, eps)
+    return total, normalized
 
 
 def depthwise_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return y = x + depthwise(x), and `norm` of y."""
-    total, normalised, _, _ = ops.depthwise_norm(_cast(x), weight, bias, norm_weight, norm_bias, eps)
-    return total, normalised
+    total, normalized, _, _ = ops.depthwise_norm(_cast(x), weight, bias, norm_weight, norm_bias, eps)
+    return total, normalized
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fit the classifier of a weights file to a model's classes: keep it, reorder its rows or initialise a new one."""
+"""Fit the classifier of a weights file to a model's classes: keep it, reorder its rows or initialize a new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fat.weights.entries import NAME_SHOWN, listed
 from fat.weights.safe_pickle import printable
 
 HEAD = "head."
-_NEW = "classifier: newly initialised"
+_NEW = "classifier: newly initialized"
 
 
 def match_classifier(
@@ -50,7 +50,7 @@ def match_classifier(
             return dict(found), ""  # strict loading reports it together with all other missing tensors
         raise ValueError(
             f"the weights have {rows} classes, but the model has {outputs}; create the model with num_classes={rows}, "
-            "or initialise a new classifier with replace_head=True"
+            "or initialize a new classifier with replace_head=True"
         )
     body = {name: t for name, t in found.items() if not name.startswith(HEAD)}
     return body | {f"{HEAD}{name}": t for name, t in model.head.state_dict().items()}, note
@@ -84,7 +84,7 @@ def difference(before: ClassList, now: ClassList) -> str:
 def choose_rows(
     rows: int, outputs: int, file_classes: ClassList | None, model_classes: ClassList
 ) -> tuple[Tensor | None, str]:
-    """Return the file's classifier row of each output (None: initialise a new classifier), and a description.
+    """Return the file's classifier row of each output (None: initialize a new classifier), and a description.
 
     Args:
         rows, outputs: outputs of the file's classifier (0: it has none), and of the model's.

@@ -37,7 +37,7 @@ class WeightsInfo:
     size: int | None = None
     """Side of the square images that training was evaluated on, 32 to 8192 pixels."""
     crop_pct: float | None = None
-    """Fraction of the short side that the centre crop kept in these evaluations, in (0, 1]."""
+    """Fraction of the short side that the center crop kept in these evaluations, in (0, 1]."""
     interpolation: str | None = None
     """Filter with which these images were resized; "bicubic" in this project."""
     mean: Channels | None = None

@@ -56,7 +56,7 @@ def load_weights(
 
     Raises:
         ValueError: tensors are missing, unknown, of another shape or dtype, or not finite; the message names some of
-            them, or the model to which they belong, if that is recognised.
+            them, or the model to which they belong, if that is recognized.
     """
     path = Path(path)
     return _fill(path, read_weights(path, entry), model, replace_head, classes)
@@ -66,11 +66,11 @@ def load_model(path: str | Path, *, entry: str | None = None) -> FAT:
     """Create the model of a weights file, in eval mode.
 
     path: a file that `save_weights` wrote, whose header has the model's dimensions, or weights of one of the variants,
-    which is recognised by its tensors. If the file contains several models, a warning says which one was loaded.
+    which is recognized by its tensors. If the file contains several models, a warning says which one was loaded.
     """
     path = Path(path)
     weights = read_weights(path, entry)
-    config = weights.info.config or _recognised(weights.tensors)
+    config = weights.info.config or _recognized(weights.tensors)
     if config is None:
         raise ValueError(
             f"{path}: contains no config, and its tensors are not those of {', '.join(VARIANTS)}; load it with "
@@ -208,7 +208,7 @@ def _fitting(
     return found, notes
 
 
-def _recognised(tensors: Mapping[str, Tensor]) -> FATConfig | None:
+def _recognized(tensors: Mapping[str, Tensor]) -> FATConfig | None:
     """Return the config of the variant that has these tensors, with their number of classes; None if there is none."""
     head = tensors.get(f"{HEAD}weight")
     classes = len(head) if head is not None and head.ndim == 2 else 0
@@ -257,7 +257,7 @@ _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 
 
 def _convertible(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Return whether both dtypes are floating-point or both integers. Integers as weights may be quantised values."""
+    """Return whether both dtypes are floating-point or both integers. Integers as weights may be quantized values."""
     return found == expected or any(found in kind and expected in kind for kind in (_FLOATS, _INTEGERS))
 
 

@@ -1,4 +1,4 @@
-"""Recognise the model of a weights file by its metadata or its tensors, to explain why it does not fit another one."""
+"""Recognize the model of a weights file by its metadata or its tensors, to explain why it does not fit another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IGNORED = ("drop_path", "num_classes")
 
 
 def check_model(path: Path, info: WeightsInfo, tensors: Mapping[str, Tensor], expected: FATConfig) -> None:
-    """Raise a ValueError if the file is recognised as another model than the expected one.
+    """Raise a ValueError if the file is recognized as another model than the expected one.
 
     info: metadata of the file. If it has no config, the widths and depths are read from the tensors.
     """

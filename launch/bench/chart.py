@@ -9,7 +9,7 @@ from typing import Any
 from launch.bench.verdict import Figures
 from shards.files.output import MARK, write_output
 
-COLOURS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
+COLORS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
 CAPTION_WIDTH = 110  # characters per line
 # If the rates differ by more than this factor, the shortest bar would be a sliver: the axis is logarithmic instead.
 LINEAR_SPREAD = 8
@@ -26,7 +26,7 @@ def draw(figures: Figures) -> Any:
 
     chart, (speeds, ratios) = plt.subplots(1, 2, figsize=(11, 3.4), constrained_layout=True)
     rates = (figures.loader.rate, figures.model.rate, figures.predicted, figures.both.rate)
-    bars = speeds.barh(list(COLOURS), rates, color=list(COLOURS.values()))
+    bars = speeds.barh(list(COLORS), rates, color=list(COLORS.values()))
     speeds.bar_label(bars, labels=[f"{rate:,.1f}" for rate in rates], padding=3)
     speeds.set(xlabel="images/s", title=f"{figures.settings['model']}, batch {figures.settings['batch']}")
     if max(rates) > LINEAR_SPREAD * min(rates) > 0:

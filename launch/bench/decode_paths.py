@@ -95,7 +95,7 @@ def measure(feed: Feed, path: DecodePath, *, dtype: torch.dtype, steps: int) -> 
 
 
 def without_augmentation(feed: Feed) -> Feed:
-    """Return a feed whose images are only cropped, flipped and normalised."""
+    """Return a feed whose images are only cropped, flipped and normalized."""
     light = replace(feed.recipe.data, augment="light", rand_augment=None, erase=None, mixup=None, cutmix=None)
     return replace(feed, augment=light.augmentation())
 
@@ -126,7 +126,7 @@ def _ffcv_is_installed(feed: Feed) -> bool:
             batch=1,
             device=feed.world.device,
             evaluation=False,
-            normalisation=None,
+            normalization=None,
             cache=None,
             trace=StageTrace(),
         )

@@ -55,7 +55,7 @@ class Classifier:
     """Classifies images as evaluation does: with the same pixels, in fp32."""
 
     model: nn.Module
-    """Model in eval mode on `device`: normalised images [B, 3, H, W] -> logits."""
+    """Model in eval mode on `device`: normalized images [B, 3, H, W] -> logits."""
     transform: fat.ImageTransform
     device: torch.device
     top: int
@@ -109,7 +109,7 @@ class Classifier:
         pixels = [image.pixels for image in decoded if image.pixels is not None]
         rows: Iterator[tuple[list[int], list[float]]] = iter(())
         if pixels:
-            images = self.transform.normalise(torch.stack(pixels).to(self.device))
+            images = self.transform.normalize(torch.stack(pixels).to(self.device))
             logits = self.model(images).float()
             # Of the logits, as in evaluation: different logits may have equal probabilities.
             outputs = logits.topk(min(self.top, logits.shape[1]), dim=1).indices

@@ -51,7 +51,7 @@ def load_weights_file(
         request: see `launch.models.specification.spec_in_file`.
 
     Returns:
-        The model, which maps normalised images [B, 3, H, W] to logits; the metadata, with class names from the run
+        The model, which maps normalized images [B, 3, H, W] to logits; the metadata, with class names from the run
         folder that contains the file if the file has only their digest; and messages about the file, one line each.
 
     Raises:

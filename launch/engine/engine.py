@@ -358,7 +358,7 @@ class Engine:
             "compile": execution.compile + detail,
             "channels-last": "activations" if execution.memory_format == "contiguous" else "weights and activations",
             "kernels": "PyTorch" if execution.kernels == "off" or not fat.kernels.supported(device) else "Triton",
-            "optimiser": f"{execution.optimizer_impl} {optim.optimizer}",
+            "optimizer": f"{execution.optimizer_impl} {optim.optimizer}",
             "schedule": f"{optim.resolved_schedule}, {optim.warmup:g} epochs of warm-up",
             "BatchNorm": "frozen" if self._frozen else over,
         }

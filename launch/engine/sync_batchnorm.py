@@ -196,22 +196,22 @@ class _Normalize(torch.autograd.Function):
         if fused:
             sums = torch.batch_norm_backward_reduce(grad_out, input, mean, inverse, weight, True, False, False)[:2]
         else:
-            grads, centred = grad_out.float(), input.float() - _per_channel(mean)
-            sums = grads.sum(dim=(0, 2, 3)), (grads * centred).sum(dim=(0, 2, 3))
+            grads, centered = grad_out.float(), input.float() - _per_channel(mean)
+            sums = grads.sum(dim=(0, 2, 3)), (grads * centered).sum(dim=(0, 2, 3))
         # Gradients of this rank only: DDP or DeepSpeed averages them over ranks with all other gradients.
         grad_weight, grad_bias = (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype)
-        total, total_centred = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
+        total, total_centered = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
         count = ctx.ranks * (input.numel() // input.shape[1])
         if fused:
             counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
             grad_input = torch.batch_norm_backward_elemt(
-                grad_out, input, mean, inverse, weight, total, total_centred, counts
+                grad_out, input, mean, inverse, weight, total, total_centered, counts
             )
         else:
             slope = inverse * weight
-            towards = total_centred * inverse * inverse * slope / count
-            shift = total * slope / count - mean * towards
-            grad_input = grads * _per_channel(slope) - input.float() * _per_channel(towards) - _per_channel(shift)
+            toward = total_centered * inverse * inverse * slope / count
+            shift = total * slope / count - mean * toward
+            grad_input = grads * _per_channel(slope) - input.float() * _per_channel(toward) - _per_channel(shift)
         return grad_input.to(input.dtype), grad_weight, grad_bias, None, None, None
 
 

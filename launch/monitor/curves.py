@@ -31,8 +31,8 @@ from launch.run.progress import WeightsKind
 from shards.files.output import check_output, write_output
 
 FORMATS = (".png", ".pdf", ".svg")
-# Okabe and Ito's colours, which colour-blind people can tell apart; black replaces yellow, which is too light on white.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe and Ito's colors, which color-blind people can tell apart; black replaces yellow, which is too light on white.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = {"eval": "o", "eval-ema": "^"}  # of the evaluations of the weights and of their EMA
 _MAX_MARKERS = 40  # of a curve; with more, they would merge
@@ -45,12 +45,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a drawing."""
+    """Colors of a drawing."""
 
     text: str = "#333333"
     grid: str = "#dddddd"
     lost: str = "#999999"
-    curves: Sequence[str] = COLOURS
+    curves: Sequence[str] = COLORS
 
     def settings(self) -> dict[str, Any]:
         """Return matplotlib's settings."""
@@ -70,10 +70,10 @@ class Theme:
 
 @dataclass(frozen=True)
 class Curve:
-    """Look of a curve. Colours and dashes distinguish runs, or the series of one run; markers distinguish series."""
+    """Look of a curve. Colors and dashes distinguish runs, or the series of one run; markers distinguish series."""
 
     label: str
-    colour: int
+    color: int
     dash: int
     kind: str
 
@@ -145,14 +145,14 @@ def draw_panel(axes: Any, panel: Panel, runs: Sequence[Timeline], axis: Axis, th
             lost, points = (run.points(series, axis, unit, lost=lost) for lost in (True, False))
             _plot(axes, downsampled(lost, limit), look, color=theme.lost, zorder=1.5, linewidth=1)
             long = look.kind == "train" and is_long(len(points[0]))
-            colour = theme.curves[look.colour % len(theme.curves)]
-            _plot(axes, downsampled(points, limit), look, color=colour, **_PALE if long else {})
+            color = theme.curves[look.color % len(theme.curves)]
+            _plot(axes, downsampled(points, limit), look, color=color, **_PALE if long else {})
             if long:
-                _plot(axes, means(points), look, color=colour, linewidth=1.8)
+                _plot(axes, means(points), look, color=color, linewidth=1.8)
             values.append(points[1])
-        colour = theme.curves[number % len(theme.curves)] if len(runs) > 1 else theme.text
+        color = theme.curves[number % len(theme.curves)] if len(runs) > 1 else theme.text
         for place in run.interruptions(axis, unit):
-            axes.axvline(place, color=colour, linestyle=(0, (1, 3)), linewidth=0.8, zorder=1)
+            axes.axvline(place, color=color, linestyle=(0, (1, 3)), linewidth=0.8, zorder=1)
     positive = np.concatenate(values)
     positive = positive[positive > 0]
     if panel.logarithmic and len(positive) and positive.max() > _LOG_RANGE * positive.min():
@@ -200,7 +200,7 @@ def _looks(panel: Panel, runs: Sequence[Timeline], number: int) -> list[Curve]:
 
 
 def legend(panel: Panel, runs: Sequence[Timeline]) -> list[Curve]:
-    """Return the entries of a panel's legend: its series, if it shows several. Of several runs, colours mean runs."""
+    """Return the entries of a panel's legend: its series, if it shows several. Of several runs, colors mean runs."""
     shown = [
         look
         for series, look in zip(panel.series, _looks(panel, runs, 0), strict=True)
@@ -220,9 +220,9 @@ def handle(entry: Curve, theme: Theme) -> Any:
     """Return matplotlib's handle of a legend entry."""
     from matplotlib.lines import Line2D
 
-    colour = theme.text if entry.colour < 0 else theme.curves[entry.colour % len(theme.curves)]
+    color = theme.text if entry.color < 0 else theme.curves[entry.color % len(theme.curves)]
     dash = DASHES[entry.dash % len(DASHES)]
-    return Line2D([], [], color=colour, linestyle=dash, marker=MARKERS.get(entry.kind), markersize=4, label=entry.label)
+    return Line2D([], [], color=color, linestyle=dash, marker=MARKERS.get(entry.kind), markersize=4, label=entry.label)
 
 
 def title(panel: Panel, runs: Sequence[Timeline]) -> str:

@@ -28,7 +28,7 @@ from launch.run.evaluation_record import (
     read_evaluation,
     write_evaluation,
 )
-from pipeline.look import Cell, contact_sheet, denormalised
+from pipeline.look import Cell, contact_sheet, denormalized
 from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.errors import first_line
@@ -176,7 +176,7 @@ def _square(image: Image.Image) -> Image.Image:
 
 def draw_batch(batch: Batch, feed: Feed) -> bytes:
     """Return a contact sheet of augmented and mixed training images as a JPEG, with the classes of each."""
-    images = denormalised(batch.images[:_FIRST_BATCH_IMAGES].float().cpu().numpy(), feed.augment)
+    images = denormalized(batch.images[:_FIRST_BATCH_IMAGES].float().cpu().numpy(), feed.augment)
     captions = batch_captions(batch, class_titles(feed.dataset))
     return _jpeg(contact_sheet([Cell([image], caption, "") for image, caption in zip(images, captions, strict=False)]))
 

@@ -18,7 +18,7 @@ from shards.progress import duration
 
 @dataclass(frozen=True)
 class TimeToAccuracy:
-    """How far a run has come towards a target accuracy."""
+    """How far a run has come toward a target accuracy."""
 
     target: float
     """Top-1 accuracy to reach, as a fraction."""

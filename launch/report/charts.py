@@ -1,4 +1,4 @@
-"""The curves as SVG elements of the report's page, in colours that follow its light or dark theme."""
+"""The curves as SVG elements of the report's page, in colors that follow its light or dark theme."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from launch.monitor.curves import DASHES, MARKERS, Curve, Theme, draw_panel, leg
 from launch.monitor.panels import PANELS, TOP1, Axis, Panel, Timeline, has_data
 
 AXES: tuple[Axis, ...] = get_args(Axis)
-CURVE_COLOURS = 8  # --curve-0 to --curve-7 in report.css
-# Drawn in these colours, which are then replaced by variables of report.css.
+CURVE_COLORS = 8  # --curve-0 to --curve-7 in report.css
+# Drawn in these colors, which are then replaced by variables of report.css.
 _PLACEHOLDERS = {
     "#010001": "var(--text)",
     "#010002": "var(--grid)",
     "#010003": "var(--lost)",
-    **{f"#0200{number:02x}": f"var(--curve-{number})" for number in range(CURVE_COLOURS)},
+    **{f"#0200{number:02x}": f"var(--curve-{number})" for number in range(CURVE_COLORS)},
 }
 _TEXT, _GRID, _LOST, *_CURVES = _PLACEHOLDERS
 _THEME = Theme(text=_TEXT, grid=_GRID, lost=_LOST, curves=_CURVES)
@@ -119,7 +119,7 @@ def _embedded(svg: str, label: str) -> Markup:
 
 def _sample(entry: Curve) -> Markup:
     """Return a short piece of a curve, for a legend."""
-    colour = "var(--text)" if entry.colour < 0 else f"var(--curve-{entry.colour % CURVE_COLOURS})"
+    color = "var(--text)" if entry.color < 0 else f"var(--curve-{entry.color % CURVE_COLORS})"
     dash: Any = DASHES[entry.dash % len(DASHES)]
     pattern = "" if dash == "solid" else " ".join(f"{2 * length:g}" for length in dash[1])
     shapes = {"o": Markup('<circle cx="14" cy="6" r="3.5"/>'), "^": Markup('<path d="M14 1 18.5 9.5H9.5Z"/>')}
@@ -127,4 +127,4 @@ def _sample(entry: Curve) -> Markup:
     return Markup(
         '<svg class="sample" viewBox="0 0 28 12" style="stroke:{0};fill:{0}" aria-hidden="true">'
         '<path d="M0 6H28" stroke-width="2" stroke-dasharray="{1}"/>{2}</svg>'
-    ).format(colour, pattern, shape)
+    ).format(color, pattern, shape)

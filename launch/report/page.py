@@ -32,7 +32,7 @@ class Share:
 
     name: str
     number: int
-    """Place among all categories, which gives its colour."""
+    """Place among all categories, which gives its color."""
     seconds: str
     fraction: float
 

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 TRIES = 10  # attempts to draw a crop or an erasing box that fits
-CENTRE_FRACTION = 224 / 256  # side of the centre crop divided by the image's short side, as in evaluation
+CENTER_FRACTION = 224 / 256  # side of the center crop divided by the image's short side, as in evaluation
 ERASE_AREA = (0.02, 1 / 3)  # smallest and largest area of the erased box, as fractions of the sample's area
 ERASE_ASPECT = (0.3, 1 / 0.3)  # smallest and largest aspect ratio (height / width) of the erased box
 
@@ -120,13 +120,13 @@ def crop_windows(
     """Draw crop windows (y, x, height, width) in source pixels, int32 [n, 4]. The arguments are those of `draw`.
 
     The random resized crop of Inception, as in torchvision and timm: of ten drawn areas and aspect ratios, the first
-    that fits into the image is placed at a random position. If none fits, the window is the largest centred window with
-    an aspect ratio in the permitted range.
+    that fits into the image is placed at a random position. If none fits, the window is the largest centered window
+    with an aspect ratio in the permitted range.
     """
     height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
-    if recipe.crop == "centre":
-        side = np.maximum(np.rint(np.minimum(height, width) * CENTRE_FRACTION), 1)
-        return _centred(height, width, side, side)
+    if recipe.crop == "center":
+        side = np.maximum(np.rint(np.minimum(height, width) * CENTER_FRACTION), 1)
+        return _centered(height, width, side, side)
     draw_area, draw_aspect = _tries(Stream.CROP, seed, epoch, ids)
     area = _between(recipe.scale, draw_area) * (height * width)[:, None]
     aspect = rng.exp(_between(_log(recipe.ratio), draw_aspect))
@@ -136,7 +136,7 @@ def crop_windows(
     if fits.any(axis=1).all():
         return windows
     low, high = recipe.ratio
-    fallback = _centred(
+    fallback = _centered(
         height, width, np.clip(np.rint(width / low), 1, height), np.clip(np.rint(height * high), 1, width)
     )
     return np.where(fits.any(axis=1, keepdims=True), windows, fallback)
@@ -178,27 +178,27 @@ def mix_params_of_steps(recipe: AugmentRecipe, *, seed: int, steps: range, lanes
     for alpha, chosen in ((recipe.mixup, ~use_cutmix), (recipe.cutmix, use_cutmix)):
         if alpha > 0:
             lam[chosen] = rng.beta(alpha, Stream.MIX, seed, step[chosen], lane[chosen], 3)
-    centre = np.stack([rng.integers(recipe.size, Stream.MIX, seed, step, lane, word) for word in (1, 2)], axis=1)
-    box, kept = cutmix_box(lam, centre, recipe.size)
+    center = np.stack([rng.integers(recipe.size, Stream.MIX, seed, step, lane, word) for word in (1, 2)], axis=1)
+    box, kept = cutmix_box(lam, center, recipe.size)
     box = np.where(use_cutmix[:, None], box, 0).astype(np.int32)
     lam = np.where(use_cutmix, kept, lam)
     all_steps = MixParams(lam=lam.astype(np.float32), box=box, use_cutmix=use_cutmix)
     return [all_steps.take(row + number * count) for number in range(len(steps))]
 
 
-def cutmix_box(lam: Floats, centre: Ints, size: int) -> tuple[Boxes, Floats]:
+def cutmix_box(lam: Floats, center: Ints, size: int) -> tuple[Boxes, Floats]:
     """Compute the box of CutMix, clipped to the image, and the weight that results from its area.
 
     Args:
         lam: float64 [n]: drawn weight, the fraction of the image outside the box before clipping.
-        centre: int64 [n, 2]: y and x of the box's centre, in pixels.
+        center: int64 [n, 2]: y and x of the box's center, in pixels.
         size: side of the image in pixels.
 
     Returns:
         int32 [n, 4]: y, x, height, width of the clipped box; float64 [n]: the fraction of the image outside it.
     """
     side = (size * np.sqrt(1.0 - lam)).astype(np.int64)[:, None]
-    start = centre - side // 2
+    start = center - side // 2
     low, high = np.maximum(start, 0), np.minimum(start + side, size)
     box = np.concatenate([low, high - low], axis=1).astype(np.int32)
     return box, 1.0 - box[:, 2] * box[:, 3] / (size * size)
@@ -263,7 +263,7 @@ def _placed(
     return np.stack([y, x, h, w], axis=1).astype(np.int32)
 
 
-def _centred(height: Ints, width: Ints, h: Floats, w: Floats) -> Boxes:
+def _centered(height: Ints, width: Ints, h: Floats, w: Floats) -> Boxes:
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1).astype(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""Apply augmentation to a decoded batch on its device: RandAugment, normalisation, random erasing and mixing.
+"""Apply augmentation to a decoded batch on its device: RandAugment, normalization, random erasing and mixing.
 
 The host selects the samples of each operation from the parameters, so it never waits for a kernel's result. On a GPU,
 this project's Triton kernels do all of the work (triton_impl/randaugment.py, triton_impl/finishing.py); on a CPU,
@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.augment.kernels import FINISHING, RANDAUGMENT, available, load_cpu_augment, switched_off
 from pipeline.augment.ops import Op
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
-from pipeline.augment.recipe import AugmentRecipe, Colour, scale_and_offset
+from pipeline.augment.recipe import AugmentRecipe, Color, scale_and_offset
 from pipeline.augment.torch_impl import blend, geometry, tables
 from pipeline.augment.torch_impl.erase import QUANTILES, Eraser
 from pipeline.augment.torch_impl.mix import mix, mix_targets
@@ -31,7 +31,7 @@ from pipeline.augment.workers import Workers
 if TYPE_CHECKING:
     from pipeline.augment.numba_impl.batch import CpuAugment
 
-__all__ = ["BatchAugment", "launch_all", "mix", "mix_targets", "normalise"]
+__all__ = ["BatchAugment", "launch_all", "mix", "mix_targets", "normalize"]
 
 Arrays = list[NDArray[Any]]
 Run = Callable[[Tensor, Sequence[Tensor], tuple[int, int, int]], Tensor]
@@ -53,7 +53,7 @@ class OpGroup:
 
 OP_GROUPS = (
     OpGroup(tables.OPS, tables.prepare, tables.run),
-    OpGroup((Op.COLOR,), blend.prepare, blend.colour),
+    OpGroup((Op.COLOR,), blend.prepare, blend.color),
     OpGroup((Op.SHARPNESS,), blend.prepare, blend.sharpness),
     OpGroup((Op.SHEAR_X, Op.TRANSLATE_X), geometry.prepare, geometry.along_x),
     OpGroup((Op.SHEAR_Y, Op.TRANSLATE_Y), geometry.prepare, geometry.along_y),
@@ -62,7 +62,7 @@ OP_GROUPS = (
 
 
 class BatchAugment:
-    """Applies RandAugment, normalisation, random erasing and mixing to batches.
+    """Applies RandAugment, normalization, random erasing and mixing to batches.
 
     Args:
         recipe: the augmentation recipe.
@@ -101,7 +101,7 @@ class BatchAugment:
             mixing: mixing parameters of the B rows. None: rows are not mixed.
 
         Returns:
-            dtype [B, 3, size, size], normalised, with channels-last strides.
+            dtype [B, 3, size, size], normalized, with channels-last strides.
 
         Raises:
             ValueError: `images` has another shape or dtype, or B is odd and rows are mixed.
@@ -115,7 +115,7 @@ class BatchAugment:
             from pipeline.augment.triton_impl.finishing import finish
 
             return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
-        result = normalise(images, recipe.mean, recipe.std, self._dtype)
+        result = normalize(images, recipe.mean, recipe.std, self._dtype)
         self._eraser(result, params)
         return result if mixing is None else mix(result, mixing)
 
@@ -216,7 +216,7 @@ def launch_all(recipe: AugmentRecipe, dtype: torch.dtype, *, batch: int = 64) ->
         finish(images, params, mixing, torch.zeros(QUANTILES), recipe.mean, recipe.std, dtype)
 
 
-def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> Tensor:
+def normalize(images: Tensor, mean: Color, std: Color, dtype: torch.dtype) -> Tensor:
     """Compute (images / 255 - mean) / std in float32.
 
     Args:
@@ -241,9 +241,9 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
 
 @lru_cache(maxsize=16)
 def _scale_and_offset(
-    mean: Colour, std: Colour, width: int, device: torch.device, stream: int
+    mean: Color, std: Color, width: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the scale and offset that normalise a row of pixels, float32 [width * 3]; broadcasting would be slow.
+    """Return the scale and offset that normalize a row of pixels, float32 [width * 3]; broadcasting would be slow.
 
     Cached per stream, because another stream would have to wait for the upload.
     """

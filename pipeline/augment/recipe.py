@@ -19,7 +19,7 @@ CropArea = Annotated[float, Interval(ge=1e-6, le=1)]
 """Area of a crop as a fraction of the image's area."""
 MAX_LAYERS = 16  # RandAugment operations per image; each is a pass over the image
 MAX_STD = 1000
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def _short(text: str) -> str:
 class AugmentRecipe:
     """The augmentation of training images. The defaults are the `light` recipe.
 
-    The steps are, in this order: crop and resize, flip, RandAugment (on 8-bit pixels), normalise, random erasing, mixup
+    The steps are, in this order: crop and resize, flip, RandAugment (on 8-bit pixels), normalize, random erasing, mixup
     or CutMix.
 
     Raises:
@@ -104,8 +104,8 @@ class AugmentRecipe:
 
     size: int = 224
     """Side of the square sample in pixels, at least 1."""
-    crop: Literal["random", "centre"] = "random"
-    """random: a random resized crop. centre: the centred square with 7/8 of the short side, without randomness."""
+    crop: Literal["random", "center"] = "random"
+    """random: a random resized crop. center: the centered square with 7/8 of the short side, without randomness."""
     scale: Range = (0.08, 1.0)
     """Smallest and largest area of the random crop, as fractions of the image's area; drawn uniformly."""
     ratio: Range = (3 / 4, 4 / 3)
@@ -116,24 +116,24 @@ class AugmentRecipe:
     """RandAugment policy in timm's syntax (m, n, p, mstd, inc), for instance rand-m9-mstd0.5-inc1. None: no
     RandAugment."""
     erase: float = 0.0
-    """Probability of random erasing: one box, filled with normal noise after normalisation."""
+    """Probability of random erasing: one box, filled with normal noise after normalization."""
     mixup: float = 0.0
     """Alpha of mixup, 0 to 100: the mixing weight is drawn from Beta(alpha, alpha). 0 turns mixup off."""
     cutmix: float = 0.0
     """Alpha of CutMix, 0 to 100. 0 turns CutMix off."""
     mix_switch: float = 0.5
     """Probability of CutMix, instead of mixup, if both are on."""
-    mean: Colour = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue, 0 to 1; subtracted by the normalisation."""
-    std: Colour = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green and blue, for values in 0 to 1; the normalisation divides by it."""
+    mean: Color = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue, 0 to 1; subtracted by the normalization."""
+    std: Color = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue, for values in 0 to 1; the normalization divides by it."""
     fill: tuple[int, int, int] = (124, 116, 104)
     """Red, green and blue (0 to 255) of the areas that geometric operations leave uncovered."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
         _require(self.size >= 1, "size", self.size, "at least 1")
-        _require(self.crop in ("random", "centre"), "crop", self.crop, "'random' or 'centre'")
+        _require(self.crop in ("random", "center"), "crop", self.crop, "'random' or 'center'")
         _require(0 < low <= high <= 1, "scale", self.scale, "0 < low <= high <= 1")
         _require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < low <= high")
         for name in ("flip", "erase", "mix_switch"):
@@ -165,7 +165,7 @@ def _require(holds: bool, field: str, value: object, expected: str) -> None:
 RECIPES: dict[str, AugmentRecipe] = {
     "fat": AugmentRecipe(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0),
     "light": AugmentRecipe(),
-    "none": AugmentRecipe(crop="centre", flip=0.0),
+    "none": AugmentRecipe(crop="center", flip=0.0),
 }
 
 
@@ -174,7 +174,7 @@ def augment_recipe(name: str, **overrides: Any) -> AugmentRecipe:
 
     Args:
         name: `fat`: random crop, flip, RandAugment, erasing, mixup and CutMix. `light`: random crop and flip. `none`:
-            centre crop.
+            center crop.
         overrides: fields of `AugmentRecipe`.
 
     Raises:
@@ -190,8 +190,8 @@ def augment_recipe(name: str, **overrides: Any) -> AugmentRecipe:
     return replace(RECIPES[name], **overrides)
 
 
-def scale_and_offset(mean: Colour, std: Colour, pixels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the scale and offset that normalise 8-bit values: value * scale + offset = (value / 255 - mean) / std.
+def scale_and_offset(mean: Color, std: Color, pixels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the scale and offset that normalize 8-bit values: value * scale + offset = (value / 255 - mean) / std.
 
     Args:
         mean, std: per channel, for values in 0 to 1.

@@ -29,10 +29,10 @@ def reference_sample(image: Image.Image, recipe: AugmentRecipe, params: SamplePa
         i: row of the sample in `params`.
 
     Returns:
-        float32 [3, size, size], normalised.
+        float32 [3, size, size], normalized.
     """
     image = rand_augment(crop(image, recipe, params, i), recipe, params, i)
-    return erase(normalise(np.asarray(image), recipe), params, i).transpose(2, 0, 1)
+    return erase(normalize(np.asarray(image), recipe), params, i).transpose(2, 0, 1)
 
 
 def crop(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> Image.Image:
@@ -53,8 +53,8 @@ def rand_augment(image: Image.Image, recipe: AugmentRecipe, params: SampleParams
 
 def apply(image: Image.Image, op: Op, argument: float, fill: tuple[int, int, int]) -> Image.Image:
     """Apply one operation, with its argument in the unit of `ops.arguments`."""
-    if op in _COLOUR:
-        return _COLOUR[op](image, argument)
+    if op in _COLOR:
+        return _COLOR[op](image, argument)
     if op == Op.ROTATE:
         return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=fill)
     coefficients = matrices(np.array([op]), np.array([argument]), image.height, image.width)[0].tolist()
@@ -63,13 +63,13 @@ def apply(image: Image.Image, op: Op, argument: float, fill: tuple[int, int, int
     )
 
 
-def normalise(pixels: NDArray[np.uint8], recipe: AugmentRecipe) -> NDArray[np.float32]:
-    """Convert uint8 [H, W, 3] to float32, normalised by the recipe's mean and standard deviation."""
+def normalize(pixels: NDArray[np.uint8], recipe: AugmentRecipe) -> NDArray[np.float32]:
+    """Convert uint8 [H, W, 3] to float32, normalized by the recipe's mean and standard deviation."""
     return ((pixels / 255.0 - np.asarray(recipe.mean)) / np.asarray(recipe.std)).astype(np.float32)
 
 
 def erase(values: NDArray[np.float32], params: SampleParams, i: int) -> NDArray[np.float32]:
-    """Apply random erasing to a normalised sample, float32 [size, size, 3], in place."""
+    """Apply random erasing to a normalized sample, float32 [size, size, 3], in place."""
     y, x, height, width = params.erase_boxes[i].tolist()
     bits = rng.extend(params.erase_keys[i], np.arange(height * width))
     words = np.stack([bits >> np.uint64(shift) for shift in (0, 16, 32)], axis=1) & np.uint64(QUANTILES - 1)
@@ -86,7 +86,7 @@ def _solarize_add(image: Image.Image, summand: float) -> Image.Image:
     return image.point([min(255, old + int(summand)) if old < 128 else old for old in range(256)] * 3)
 
 
-_COLOUR: dict[Op, Callable[[Image.Image, float], Image.Image]] = {
+_COLOR: dict[Op, Callable[[Image.Image, float], Image.Image]] = {
     Op.AUTO_CONTRAST: lambda image, _: ImageOps.autocontrast(image),
     Op.EQUALIZE: lambda image, _: ImageOps.equalize(image),
     Op.INVERT: lambda image, _: ImageOps.invert(image),

@@ -1,6 +1,6 @@
 """Self-check of the augmentation kernels: compare them with PyTorch before a loader uses them.
 
-RandAugment must produce exactly the bytes of PyTorch. A finished batch (normalised, erased and mixed) may differ by one
+RandAugment must produce exactly the bytes of PyTorch. A finished batch (normalized, erased and mixed) may differ by one
 unit in the last place of its dtype plus 2^-18 of its largest value. The PyTorch reference runs on the CPU, where tests
 compare it with PIL (docs/augmentation.md).
 """
@@ -85,7 +85,7 @@ class Case:
         return f"{int(wrong.sum())} bytes of {found.numel()} differ from PyTorch (expected 0), most after {applied}"
 
     def _compare_finishing(self, device: torch.device) -> str | None:
-        """Compare normalisation, erasing, mixing and the conversion to the result's dtype."""
+        """Compare normalization, erasing, mixing and the conversion to the result's dtype."""
         images, params = _images(FINISHING_BATCH, self.recipe.size), _drawn(self.recipe, FINISHING_BATCH)
         mixing = _mixing(self.recipe)
         with kernels.disabled(kernels.RANDAUGMENT, *kernels.switched_off()):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from pipeline.decode.job import Decoder, Normalisation
+from pipeline.decode.job import Decoder, Normalization
 from pipeline.decode.pixels import PixelsDecoder, SplitBatchDecoder
 from pipeline.options import LoaderOptions
 from pipeline.stage_trace import StageTrace
@@ -34,7 +34,7 @@ def make_decoder(
     batch: int,
     device: torch.device,
     evaluation: bool,
-    normalisation: Normalisation | None,
+    normalization: Normalization | None,
     cache: DecodedCache | None,
     trace: StageTrace,
     pixels: StoredPixels = "none",
@@ -47,7 +47,7 @@ def make_decoder(
         batch: rows of the largest batch.
         device: device of the output.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
-        normalisation: normalisation for the decoder to apply. None: return uint8.
+        normalization: normalization for the decoder to apply. None: return uint8.
         cache: cache of decoded images, only with the loader `dali` and without `pixels`.
         trace: records the decoder's work.
         pixels: which samples arrive as pixels instead of JPEGs.
@@ -60,10 +60,10 @@ def make_decoder(
     if loader == "ffcv":
         from pipeline.decode.ffcv import FfcvDecoder
 
-        return FfcvDecoder(device=device, threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
+        return FfcvDecoder(device=device, threads=threads, ahead=ahead, normalization=normalization, trace=trace)
     on_cpu = device.type == "cpu"
     if on_cpu and pixels == "all":
-        return PixelsDecoder(threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
+        return PixelsDecoder(threads=threads, ahead=ahead, normalization=normalization, trace=trace)
     from pipeline.decode.dali import DaliDecoder
     from pipeline.decode.dali_pixels import DaliPixelsDecoder
 
@@ -74,7 +74,7 @@ def make_decoder(
             threads=threads,
             ahead=ahead,
             evaluation=evaluation,
-            normalisation=normalisation,
+            normalization=normalization,
             settings=settings,
             cache=cache,
             rows_vary=rows_vary,
@@ -86,7 +86,7 @@ def make_decoder(
     if pixels == "all":
         return dali(DaliPixelsDecoder)
     on_device = (
-        PixelsDecoder(threads=threads, ahead=ahead, normalisation=normalisation, trace=trace)
+        PixelsDecoder(threads=threads, ahead=ahead, normalization=normalization, trace=trace)
         if on_cpu
         else dali(DaliPixelsDecoder)
     )

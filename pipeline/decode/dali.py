@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.decode.dali_graph import DaliGraph
 from pipeline.decode.decoded_cache import DecodedCache
 from pipeline.decode.hardware import rows_decoded_on_cpu
-from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
+from pipeline.decode.job import DecodeError, DecodeJob, Normalization
 from pipeline.decode.pixels import take_rows
 from pipeline.decode.resize import Resizer
 from pipeline.options import LoaderSettings
@@ -43,7 +43,7 @@ class DaliDecoder:
         threads: CPU threads that decode, or that prepare decoding on the GPU.
         ahead: number of batches that are decoded concurrently.
         evaluation: whether the jobs have regions (`DecodeJob.region`).
-        normalisation: normalisation to apply, which makes the output float32. None: uint8.
+        normalization: normalization to apply, which makes the output float32. None: uint8.
         settings: options of DALI.
         cache: cache of whole decoded images; requires the decode path `whole`.
         rows_vary: whether batches may have fewer than `batch` rows, in any order.
@@ -55,7 +55,7 @@ class DaliDecoder:
     threads: int
     ahead: int = 2
     evaluation: bool = False
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     settings: LoaderSettings = field(default_factory=LoaderSettings)
     cache: DecodedCache | None = None
     rows_vary: bool = False
@@ -72,7 +72,7 @@ class DaliDecoder:
         pipeline = self._build(batches)
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
         in_use = None if stream is None else InUseBuffers(stream)
-        with Resizer(threads=self.threads, normalisation=self.normalisation) as resize:
+        with Resizer(threads=self.threads, normalization=self.normalization) as resize:
             try:
                 for number in itertools.count():
                     try:
@@ -114,7 +114,7 @@ class DaliDecoder:
         return DaliGraph(
             on_gpu=self._on_gpu,
             evaluation=self.evaluation,
-            normalisation=self.normalisation,
+            normalization=self.normalization,
             shares_cpu=self._on_gpu and self.settings.cpu_decode > 0,
             cached=self.cache is not None,
             settings=self.settings,

@@ -1,9 +1,9 @@
-"""The graph of DALI operators of a decoder: decode, crop, and on a GPU also resize, flip and normalise.
+"""The graph of DALI operators of a decoder: decode, crop, and on a GPU also resize, flip and normalize.
 
     encoded -> decode window             `--decode window`: only the crop window is decoded
     encoded -> decode image -> crop      `--decode whole`: also for images that the cache delivers
     windows of stored pixels
-    -> resize -> flip -> normalise       on GPUs; on a CPU, `pipeline.decode.resize` does this faster
+    -> resize -> flip -> normalize       on GPUs; on a CPU, `pipeline.decode.resize` does this faster
 
 The rows of a batch may come from different sources: DALI's decoder on the GPU, its decoder on the CPU (`--cpu-decode`),
 and the cache of decoded images (`--gpu-cache`). DALI's conditional execution divides each batch accordingly.
@@ -19,7 +19,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.backend import GetSchema, TensorCPU, TensorGPU  # type: ignore[attr-defined]
 
-from pipeline.decode.job import Normalisation
+from pipeline.decode.job import Normalization
 from pipeline.options import LoaderSettings
 
 
@@ -34,7 +34,7 @@ class DaliGraph:
     Args:
         on_gpu: decode with DALI's `mixed` operators, and resize. Else decode on the CPU.
         evaluation: whether the inputs have regions.
-        normalisation: normalisation to apply on a GPU; None: uint8.
+        normalization: normalization to apply on a GPU; None: uint8.
         shares_cpu: whether some rows are decoded on the CPU, although `on_gpu`.
         cached: whether some rows are delivered by a cache of decoded images.
         pixels: whether the first input is not encoded images, but decoded windows in CPU memory.
@@ -43,7 +43,7 @@ class DaliGraph:
 
     on_gpu: bool
     evaluation: bool = False
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     shares_cpu: bool = False
     cached: bool = False
     pixels: bool = False
@@ -122,7 +122,7 @@ class DaliGraph:
         return fn.decoders.image_slice(encoded, **window, **options)
 
     def resize(self, images: Any, size: Any, *rest: Any) -> Any:
-        """Resize, flip and normalise windows on the GPU."""
+        """Resize, flip and normalize windows on the GPU."""
         # The size is an input of the graph, because it may change from batch to batch.
         cubic = {"size": size, "interp_type": types.INTERP_CUBIC, "antialias": True}
         if self.evaluation:
@@ -133,9 +133,9 @@ class DaliGraph:
         else:
             images = fn.resize(images, **cubic)
             mirror = {"mirror": rest[0]}
-        if self.normalisation is None:
+        if self.normalization is None:
             return fn.flip(images, horizontal=mirror["mirror"]) if mirror else images
-        scale = [[255 * value for value in values] for values in (self.normalisation.mean, self.normalisation.std)]
+        scale = [[255 * value for value in values] for values in (self.normalization.mean, self.normalization.std)]
         return fn.crop_mirror_normalize(
             images, dtype=types.FLOAT, output_layout="HWC", mean=scale[0], std=scale[1], **mirror
         )

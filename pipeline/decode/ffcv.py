@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.augment.recipe import scale_and_offset
-from pipeline.decode.job import IDENTITY, DecodeError, DecodeJob, Normalisation
+from pipeline.decode.job import IDENTITY, DecodeError, DecodeJob, Normalization
 from pipeline.stage_trace import WAIT_FOR_DECODE, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
 from shards.errors import UserError
@@ -49,14 +49,14 @@ class FfcvDecoder:
         device: device of the output; decoding always uses the CPU.
         threads: threads that decode.
         ahead: number of batches that are decoded concurrently.
-        normalisation: normalisation to apply, which makes the output float32. None: uint8.
+        normalization: normalization to apply, which makes the output float32. None: uint8.
         trace: records the decoding in every thread, the waits for it and the number of decoded batches.
     """
 
     device: torch.device
     threads: int
     ahead: int = 2
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     trace: StageTrace = field(default_factory=StageTrace)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
@@ -100,12 +100,12 @@ class _Task:
     ) -> None:
         self._job, self._device, self._trace, self._number = job, decoder.device, decoder.trace, number
         n, size = len(job.encoded.ids), job.size
-        dtype = torch.uint8 if decoder.normalisation is None else torch.float32
+        dtype = torch.uint8 if decoder.normalization is None else torch.float32
         if self._device.type == "cuda":
             self._out = torch.empty((n, size, size, 3), dtype=dtype, pin_memory=True)
         else:
             self._out = buffers.empty((n, size, size, 3), dtype)
-        normal = decoder.normalisation or IDENTITY
+        normal = decoder.normalization or IDENTITY
         self._scale, self._offset = scale_and_offset(normal.mean, normal.std, size)
         self._geometry = _geometry(job)
         self._failed = np.zeros(n, np.bool_)
@@ -194,7 +194,7 @@ def _decode(stored, raw, geometry, scratch, resized_at, scale, offset, out, fail
 
 @njit(nogil=True)
 def _finish(pixels, flip, scale, offset, out):  # type: ignore[no-untyped-def]
-    """Flip and normalise uint8 [size, size, 3] into `out` [size, size * 3], row by row. A uint8 `out` is not scaled."""
+    """Flip and normalize uint8 [size, size, 3] into `out` [size, size * 3], row by row. A uint8 `out` is not scaled."""
     size = len(pixels)
     row = np.empty((size, 3), np.uint8)
     values = row.reshape(size * 3)

@@ -1,4 +1,4 @@
-"""Flip and normalise resized images on the CPU: compiled by Numba if it is installed, else with NumPy and PyTorch."""
+"""Flip and normalize resized images on the CPU: compiled by Numba if it is installed, else with NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finish_with_numpy(
     offset: NDArray[np.float32],
     out: NDArray[Any],
 ) -> None:
-    """Flip and normalise one image, row by row. All implementations give the same values.
+    """Flip and normalize one image, row by row. All implementations give the same values.
 
     Args:
         pixels: uint8 [size, size, 3], contiguous.

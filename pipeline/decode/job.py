@@ -75,8 +75,8 @@ class DecodeJob:
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """Normalisation of 8-bit pixels: (pixels / 255 - mean) / std, per channel."""
+class Normalization:
+    """Normalization of 8-bit pixels: (pixels / 255 - mean) / std, per channel."""
 
     mean: tuple[float, float, float]
     """Mean of red, green and blue, 0 to 1."""
@@ -84,7 +84,7 @@ class Normalisation:
     """Standard deviation of red, green and blue, for values in 0 to 1."""
 
 
-IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+IDENTITY = Normalization(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
 """Leaves pixel values in 0 to 255."""
 
 
@@ -99,7 +99,7 @@ class Decoder(Protocol):
 
         Yields:
             images: uint8 [n, size, size, 3] with the job's size, RGB, on the decoder's device; float32 if the decoder
-                normalises. The decoder does not use them again.
+                normalizes. The decoder does not use them again.
             job, extra: the pair that was passed in.
 
         Raises:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.decode.job import DecodeJob, Decoder, Normalisation
+from pipeline.decode.job import DecodeJob, Decoder, Normalization
 from pipeline.decode.resize import Pixels, Resizer
 from pipeline.stage_trace import WAIT_FOR_DECODE, StageTrace
 from pipeline.storage.buffer_pool import BufferPool
@@ -46,13 +46,13 @@ class PixelsDecoder:
     Args:
         threads: threads that resize.
         ahead: number of batches that are resized concurrently.
-        normalisation: normalisation to apply, which makes the output float32. None: uint8.
+        normalization: normalization to apply, which makes the output float32. None: uint8.
         trace: records the waits for the threads.
     """
 
     threads: int
     ahead: int = 2
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     trace: StageTrace = field(default_factory=StageTrace)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
@@ -64,7 +64,7 @@ class PixelsDecoder:
             return self.trace.call(WAIT_FOR_DECODE, number, wait), job, extra
 
         # One thread more, because one of them usually waits for the interpreter lock.
-        with Resizer(threads=self.threads + 1, normalisation=self.normalisation) as resizer:
+        with Resizer(threads=self.threads + 1, normalization=self.normalization) as resizer:
             for number, (job, extra) in enumerate(jobs):
                 started.append((number, resizer.start(windows_of(job), job), job, extra))
                 if len(started) > self.ahead:

@@ -1,4 +1,4 @@
-"""Resize, crop, flip and normalise decoded images of different sizes on CPU threads.
+"""Resize, crop, flip and normalize decoded images of different sizes on CPU threads.
 
 PyTorch's antialiased bicubic resize of uint8 images (AVX2) uses the arithmetic of Pillow: the two differ by rounding
 only (at most 2 levels). It takes a tenth of the time of DALI's resize, which uses floating point. It cannot resize
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from pipeline.augment.recipe import scale_and_offset
 from pipeline.decode.finish import finish
-from pipeline.decode.job import IDENTITY, DecodeJob, Normalisation
+from pipeline.decode.job import IDENTITY, DecodeJob, Normalization
 from pipeline.storage.buffer_pool import BufferPool
 
 IMAGES_PER_TASK = 8
@@ -33,16 +33,16 @@ class Resizer:
 
     Args:
         threads: number of threads.
-        normalisation: normalisation to apply, which makes the output float32. None: uint8.
+        normalization: normalization to apply, which makes the output float32. None: uint8.
     """
 
-    def __init__(self, *, threads: int, normalisation: Normalisation | None) -> None:
-        self._normalisation = normalisation
+    def __init__(self, *, threads: int, normalization: Normalization | None) -> None:
+        self._normalization = normalization
         self._buffers = BufferPool()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def __call__(self, windows: Sequence[Pixels], job: DecodeJob) -> torch.Tensor:
-        """Return the batch: uint8 [n, job.size, job.size, 3], or float32 if normalised; the caller owns its memory.
+        """Return the batch: uint8 [n, job.size, job.size, 3], or float32 if normalized; the caller owns its memory.
 
         Args:
             windows: the decoded crop window of each image, uint8 [height, width, 3]; may be overwritten after the call.
@@ -59,8 +59,8 @@ class Resizer:
         heights_widths, corners = map(np.rint, job.resized_windows())
         whole = _whole(job)
         targets, flips = np.hstack([heights_widths, corners]).astype(int).tolist(), _flips(job)
-        dtype = torch.uint8 if self._normalisation is None else torch.float32
-        normal = self._normalisation or IDENTITY
+        dtype = torch.uint8 if self._normalization is None else torch.float32
+        normal = self._normalization or IDENTITY
         scale, offset = scale_and_offset(normal.mean, normal.std, size)
         out = self._buffers.empty((n, size, size, 3), dtype)
         rows = out.numpy().reshape(n, size, size * 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.augment.recipe import AugmentRecipe, Colour, augment_recipe
+from pipeline.augment.recipe import AugmentRecipe, Color, augment_recipe
 from pipeline.batch_shape import BatchShape, check_enough_samples
 from pipeline.jobs import CROP_PCT
 from pipeline.loader import EvalLoader, TrainLoader
@@ -69,7 +69,7 @@ def train_loader(
         epochs: number of epochs of the training. None: unlimited; call `close` after the last one.
         split: split of the set.
         rank, world: rank of this process and number of processes. None: those of torch.distributed if it is
-            initialised, else of the environment variables RANK and WORLD_SIZE, else a single process.
+            initialized, else of the environment variables RANK and WORLD_SIZE, else a single process.
         device: device of the batches. None: the GPU of this process if there is one, else the CPU.
         dtype: floating-point dtype of the images.
         lanes, shuffle_block_size: see `TrainPlan`.
@@ -150,8 +150,8 @@ def eval_loader(
     batch_size: int,
     size: int = DEFAULT_SIZE,
     crop_pct: float = CROP_PCT,
-    mean: Colour = AugmentRecipe.mean,
-    std: Colour = AugmentRecipe.std,
+    mean: Color = AugmentRecipe.mean,
+    std: Color = AugmentRecipe.std,
     split: str = "val",
     rank: int | None = None,
     world: int | None = None,
@@ -168,8 +168,8 @@ def eval_loader(
         dataset: folder or URL of a shard set, or an opened set.
         batch_size: images per batch of this process.
         size: side of the images in pixels.
-        crop_pct: fraction of the short side that the centre crop keeps.
-        mean, std: normalisation of red, green and blue, for values in 0 to 1. By default those of ImageNet.
+        crop_pct: fraction of the short side that the center crop keeps.
+        mean, std: normalization of red, green and blue, for values in 0 to 1. By default those of ImageNet.
         split: split of the set.
         rank, world, device, dtype, options: see `train_loader`.
 

@@ -16,7 +16,7 @@ def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[i
     """Return the rank and the world size of this process.
 
     Args:
-        rank, world: returned if they are given. None: those of torch.distributed if it is initialised, else those in
+        rank, world: returned if they are given. None: those of torch.distributed if it is initialized, else those in
             the environment variables RANK and WORLD_SIZE, which torchrun and accelerate set, else 0 and 1.
 
     Raises:

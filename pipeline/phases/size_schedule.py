@@ -132,7 +132,7 @@ class SizeSchedule:
         return sizes
 
     def strength(self, size: int, least: float) -> float:
-        """Return the strength of the regularisation at a size: `least` at the smallest, rising linearly to 1."""
+        """Return the strength of the regularization at a size: `least` at the smallest, rising linearly to 1."""
         span = self.largest - self.smallest
         return 1.0 if not span else 1 - (1 - least) * (self.largest - size) / span  # exactly 1 at the largest
 

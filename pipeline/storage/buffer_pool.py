@@ -1,5 +1,5 @@
 """A pool of reusable CPU buffers. Page faults of newly allocated memory cost more than the loader's own work on it (64
-float images: 15 ms of page faults, 3 ms of normalising)."""
+float images: 15 ms of page faults, 3 ms of normalizing)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised, contiguous CPU tensor."""
+        """Return an uninitialized, contiguous CPU tensor."""
         import torch
 
         return torch.from_numpy(self.bytes(int(np.prod(shape)) * dtype.itemsize)).view(dtype).view(shape)
 
     def bytes(self, size: int) -> NDArray[np.uint8]:
-        """Return an uninitialised array, uint8 [size]."""
+        """Return an uninitialized array, uint8 [size]."""
         granularity = 1 << max(0, size.bit_length() - _SIZE_BITS)
         capacity = max(1, -(-size // granularity) * granularity)
         with self._lock:

@@ -48,7 +48,7 @@ class Storage:
     one_file: bool = False
     """Whether all shards are byte ranges of one file."""
     pixels: bool = False
-    """Whether images may be stored as pixels. They are recognised by their size: JPEGs in the same file are smaller."""
+    """Whether images may be stored as pixels. They are recognized by their size: JPEGs in the same file are smaller."""
     starts: NDArray[np.int64] | None = None
     """int64 [shards]: offset at which each file begins in the .beton, if the files are segments of one."""
 

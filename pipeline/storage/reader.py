@@ -28,7 +28,7 @@ Sample = tuple[int, int, int, int | None]
 
 # Number of threads that start batches and read from the page cache. More threads do not make these reads faster.
 BATCH_THREADS = 2
-# Number of samples per task: enough to amortise a task's overhead, few enough that a small batch uses many threads.
+# Number of samples per task: enough to amortize a task's overhead, few enough that a small batch uses many threads.
 SAMPLES_PER_TASK = 8
 
 # Number of attempts to read a sample with the right hash: its bytes may have been damaged in transfer.

@@ -320,13 +320,13 @@ def test_every_family_passes_the_self_check(dtype: torch.dtype) -> None:
 def test_a_wrong_kernel_fails_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     from fat.kernels.impl import norm
 
-    normalise = norm.normalise
+    normalize = norm.normalize
 
     def off_by_a_percent(*arguments: Any) -> tuple[Tensor, Tensor]:
-        mean, rstd = normalise(*arguments)
+        mean, rstd = normalize(*arguments)
         return mean, 1.01 * rstd
 
-    monkeypatch.setattr(norm, "normalise", off_by_a_percent)
+    monkeypatch.setattr(norm, "normalize", off_by_a_percent)
     failures = selfcheck.run(selfcheck.cases(fat.create_model("fat_b0"), 64, BF16), torch.device("cuda"))
     assert [failure.family for failure in failures] == ["norm"]
 

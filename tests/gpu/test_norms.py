@@ -1,4 +1,4 @@
-"""Synchronised BatchNorm with PyTorch's CUDA kernels, in a group of one rank; the CPU test has several. `make gpu`."""
+"""Synchronized BatchNorm with PyTorch's CUDA kernels, in a group of one rank; the CPU test has several. `make gpu`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_it_computes_the_same_as_batch_norm(
     cotangent = torch.randn_like(images)
     plain = nn.BatchNorm2d(48).cuda()
     nn.init.normal_(plain.weight)
-    synchronised = GlobalBatchNorm(copy.deepcopy(plain), group)
+    synchronized = GlobalBatchNorm(copy.deepcopy(plain), group)
     found = []
-    for norm in (plain, torch.compile(synchronised, fullgraph=True) if compiled else synchronised):
+    for norm in (plain, torch.compile(synchronized, fullgraph=True) if compiled else synchronized):
         x = images.clone().requires_grad_()
         y = norm(x)
         y.backward(cotangent)

@@ -1,4 +1,4 @@
-"""The training loop never waits for the device: CUDA's sync debug mode raises at every synchronisation. `make gpu`."""
+"""The training loop never waits for the device: CUDA's sync debug mode raises at every synchronization. `make gpu`."""
 
 from __future__ import annotations
 

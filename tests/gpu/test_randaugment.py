@@ -1,5 +1,5 @@
 """RandAugment's kernels on a GPU, at the training size: the same bytes as PyTorch on the CPU, few launches, and no
-synchronisation. The same checks run on small images in Triton's interpreter (tests/interpreted)."""
+synchronization. The same checks run on small images in Triton's interpreter (tests/interpreted)."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_every_zero_stage_trains_and_resumes(tmp_path: Path, digits: Path, zero:
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_share_one_gpu(tmp_path: Path, digits: Path, zero: int) -> None:
-    """The multi-rank CUDA path (synchronised BatchNorm, autocast, ZeRO, checkpoint) with gloo, on one GPU."""
+    """The multi-rank CUDA path (synchronized BatchNorm, autocast, ZeRO, checkpoint) with gloo, on one GPU."""
     run = tmp_path / "run"
     options = (*FEW_STEPS, "--data", digits, "--out", run, "--zero", str(zero), "--sync-bn", "on")
     for stop in ("4", "8"):
@@ -83,7 +83,7 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     assert on_cpu.ids.tolist() == on_gpu.ids.tolist()
     assert on_gpu.images.is_cuda
     assert on_gpu.images.is_contiguous(memory_format=torch.channels_last)
-    # nvJPEG upsamples chroma differently. One level of a pixel is 1 / 255 / 0.226 = 0.017 of a normalised value.
+    # nvJPEG upsamples chroma differently. One level of a pixel is 1 / 255 / 0.226 = 0.017 of a normalized value.
     error = (on_cpu.images - on_gpu.images.cpu()).abs().mean().item()
     assert error < 2 * 0.017, resolved
 

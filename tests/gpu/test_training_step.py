@@ -128,7 +128,7 @@ def test_captured_gradients_are_eager_gradients_of_the_same_drop_path() -> None:
 
 
 class WaitsForTheDevice(nn.Module):
-    """A model that synchronises with the device in its forward pass, which a capture does not allow."""
+    """A model that synchronizes with the device in its forward pass, which a capture does not allow."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def added(x: Tensor, branch: Tensor) -> Tensor:
     return x + branch * SCALE.double().view(-1, 1, 1, 1)
 
 
-def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def normalized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.group_norm(x, 1, weight, bias, 1e-5)
 
 
@@ -80,16 +80,16 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
     ),
     "gate": (kernels.gate, lambda a, b: F.silu(a) * F.silu(b), [X, Y]),
     "attend": (lambda q, kv: kernels.attend(q, kv, 2, 0.3), attended, [X, KV]),
-    "norm": (lambda *a: kernels.norm(*a, 1e-5), normalised, [X, GAIN, SHIFT]),
+    "norm": (lambda *a: kernels.norm(*a, 1e-5), normalized, [X, GAIN, SHIFT]),
     "add": (lambda x, y: kernels.add(x, y, SCALE), added, [X, Y]),
     "add and norm": (
         lambda x, y, *a: kernels.add_norm(x, y, SCALE, *a, 1e-5),
-        lambda x, y, *a: (added(x, y), normalised(added(x, y), *a)),
+        lambda x, y, *a: (added(x, y), normalized(added(x, y), *a)),
         [X, Y, GAIN, SHIFT],
     ),
     "add and norm without drop path": (
         lambda x, y, *a: kernels.add_norm(x, y, None, *a, 1e-5),
-        lambda x, y, *a: (x + y, normalised(x + y, *a)),
+        lambda x, y, *a: (x + y, normalized(x + y, *a)),
         [X, Y, GAIN, SHIFT],
     ),
     "depthwise and statistics": (
@@ -110,7 +110,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
     "1x1": (kernels.pointwise, F.conv2d, [X, MATRIX, BIAS[:6]]),
     "depthwise and norm": (
         lambda *a: kernels.depthwise_norm(*a, 1e-5),
-        lambda x, w, b, *a: (x + convolved(x, w, b), normalised(x + convolved(x, w, b), *a)),
+        lambda x, w, b, *a: (x + convolved(x, w, b), normalized(x + convolved(x, w, b), *a)),
         [X, WEIGHT, BIAS, GAIN, SHIFT],
     ),
 }

@@ -1,4 +1,4 @@
-"""The kernel of normalisation, erasing, mixing and cast computes the same as PyTorch."""
+"""The kernel of normalization, erasing, mixing and cast computes the same as PyTorch."""
 
 from __future__ import annotations
 

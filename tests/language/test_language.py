@@ -10,6 +10,12 @@ import pytest
 from tests.language.draw import PACKAGES, ROOT, prose
 from tests.language.phrases import NAMES, PHRASES
 
+BRITISH = re.compile(
+    "(amort|custom|equal|final|general|initial|memor|minim|maxim|neutral|normal|optim|organ|parallel|poster|quant"
+    "|random|real|recogn|regular|sanit|serial|special|summar|synchron|token|util|vector|visual)is(e|ing|ation)"
+    "|analyse|behaviour|centre|colour|favour|grey|honour|labell|licence|misspelt|neighbour|towards",
+    re.IGNORECASE,
+)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -28,6 +34,16 @@ def test_abandoned_phrases_do_not_occur(phrase: str, texts: list[tuple[str, str]
     pattern = re.compile(phrase, re.IGNORECASE)
     found = [f"{place}: ...{match[0]}..." for place, text in texts if (match := pattern.search(text))]
     assert not found, f"write '{PHRASES[phrase]}' instead:\n" + "\n".join(found)
+
+
+def test_words_and_names_have_american_spelling(texts: list[tuple[str, str]]) -> None:
+    """The spelling of the libraries' names: normalize, initialize, color, center, gray."""
+    found = [f"{place}: {match[0]}" for place, text in texts if (match := BRITISH.search(text))]
+    for folder in (*PACKAGES, "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            defined = defined_names(ast.parse(path.read_text()))
+            found += [f"{path.relative_to(ROOT)}:{line}: {word}" for word, line in defined if BRITISH.search(word)]
+    assert not found
 
 
 def test_abandoned_names_do_not_occur() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def progressive_jpeg(width: int, height: int, scans: int, between: bytes = b"") -> bytes:
-    """Return a greyscale progressive JPEG: a scan of DC coefficients and `scans` scans of end-of-band runs only.
+    """Return a grayscale progressive JPEG: a scan of DC coefficients and `scans` scans of end-of-band runs only.
 
     Args:
         between: bytes after the first scan, for example segments.
@@ -73,20 +73,20 @@ def tiff(tags: dict[int, tuple[int, int, int]], after: bytes = b"") -> bytes:
 
 
 SHORT, LONG = 3, 4
-_GREY = {256: (LONG, 1, 64), 257: (LONG, 1, 64), 258: (SHORT, 1, 8), 262: (SHORT, 1, 1), 277: (SHORT, 1, 1)}
+_GRAY = {256: (LONG, 1, 64), 257: (LONG, 1, 64), 258: (SHORT, 1, 8), 262: (SHORT, 1, 1), 277: (SHORT, 1, 1)}
 
 
 def tiff_of_strips(strips: int) -> bytes:
-    """Return a greyscale TIFF of 64x64 pixels with `strips` strips."""
-    tags = _GREY | {259: (SHORT, 1, 1), 278: (LONG, 1, 1)}
+    """Return a grayscale TIFF of 64x64 pixels with `strips` strips."""
+    tags = _GRAY | {259: (SHORT, 1, 1), 278: (LONG, 1, 1)}
     end = 8 + 2 + 12 * (len(tags) + 2) + 4
     tags |= {273: (LONG, strips, end), 279: (LONG, strips, end)}
     return tiff(tags, bytes(4 * strips))
 
 
 def tiff_of_a_large_tile(side: int) -> bytes:
-    """Return an LZW-compressed greyscale TIFF of 64x64 pixels in one tile of `side` x `side`."""
-    tags = _GREY | {259: (SHORT, 1, 5), 322: (LONG, 1, side), 323: (LONG, 1, side), 325: (LONG, 1, 64)}
+    """Return an LZW-compressed grayscale TIFF of 64x64 pixels in one tile of `side` x `side`."""
+    tags = _GRAY | {259: (SHORT, 1, 5), 322: (LONG, 1, side), 323: (LONG, 1, side), 325: (LONG, 1, 64)}
     tags[324] = (LONG, 1, 8 + 2 + 12 * (len(tags) + 1) + 4)
     return tiff(tags, bytes(64))
 

@@ -54,12 +54,12 @@ def write_weights(path: Path, images: Path | None = None, info: fat.WeightsInfo 
         target = torch.tensor([[file.parent.name == name for name in CLASSES] for file in files]).float()
         with torch.no_grad():
             features = model.forward_head(model.forward_features(batch), pre_logits=True)
-            centre = features.mean(dim=0)
+            center = features.mean(dim=0)
             # Ridge regression: without the penalty, weights are so large that rounding errors decide predictions.
-            varied = (features - centre).double()
+            varied = (features - center).double()
             penalty = RIDGE * varied.square().sum() / varied.shape[1] * torch.eye(varied.shape[1])
             weight = torch.linalg.solve(varied.T @ varied + penalty, varied.T @ target.double()).T.float()
             model.head.weight.copy_(weight)
-            model.head.bias.copy_(-(weight @ centre))
+            model.head.bias.copy_(-(weight @ center))
     fat.save_weights(model, path, info=info)
     return model

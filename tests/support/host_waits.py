@@ -57,7 +57,7 @@ class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
         self._thread = threading.get_ident()
         self._stack.enter_context(_Functions(self._note))
         self._stack.enter_context(_Operators(self._note))
-        for owner, name in _synchronisations():
+        for owner, name in _synchronizations():
             self._stack.enter_context(self._counted(owner, name))
         return self
 
@@ -117,7 +117,7 @@ class _Functions(TorchFunctionMode):
         return func(*args, **options)
 
 
-def _synchronisations() -> list[tuple[Any, str]]:
+def _synchronizations() -> list[tuple[Any, str]]:
     """Return functions that wait for the device, as (owner, attribute)."""
     found: list[tuple[Any, str]] = [
         (torch.cuda, "synchronize"),

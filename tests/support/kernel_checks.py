@@ -48,7 +48,7 @@ class Case:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill uninitialised memory with NaN as in the self-check, and assert that this works."""
+    """Fill uninitialized memory with NaN as in the self-check, and assert that this works."""
     with comparison.poisoned_memory():
         assert torch.empty(8).isnan().all()
         yield
@@ -209,7 +209,7 @@ def check_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: flo
     x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)
     weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
     out, mean, rstd = ops.norm(x, weight, bias, EPS)
-    _check_normalised(x, (out, mean, rstd), weight, bias, offset)
+    _check_normalized(x, (out, mean, rstd), weight, bias, offset)
 
     gradient, residual = draw.like(x), draw.like(x)
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, bias)]
@@ -239,7 +239,7 @@ def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool
         expect("scaled", ops.scaled(x, scale), factor * x.double())
     total, *found = ops.add_norm(x, branch, scale, weight, bias, EPS)
     expect("sum before the norm", total, exact)
-    _check_normalised(total, found, weight, bias)
+    _check_normalized(total, found, weight, bias)
 
 
 def check_norm_relu(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: float, draw: Draw) -> None:
@@ -289,13 +289,13 @@ def check_depthwise_norm(case: Case, draw: Draw) -> None:
     bias, norm_weight, norm_bias = (draw.tensor(case.channels) for _ in range(3))
     total, *found = ops.depthwise_norm(x, weight, bias, norm_weight, norm_bias, EPS)
     expect("output", total, _convolve(x.double(), weight.double(), bias.double(), 1, True))
-    _check_normalised(total, found, norm_weight, norm_bias)
+    _check_normalized(total, found, norm_weight, norm_bias)
 
 
-def _check_normalised(x: Tensor, found: Sequence[Tensor], weight: Tensor, bias: Tensor, offset: float = 0.0) -> None:
+def _check_normalized(x: Tensor, found: Sequence[Tensor], weight: Tensor, bias: Tensor, offset: float = 0.0) -> None:
     out, mean, rstd = found
     slack = SUMMING * (1 + offset)  # the norm magnifies the rounding of x
-    expect("normalised", out, _norm(x.double(), weight.double(), bias.double()), slack)
+    expect("normalized", out, _norm(x.double(), weight.double(), bias.double()), slack)
     expect("mean", mean, x.double().mean(dim=(1, 2, 3)), slack)
     expect("rstd", rstd, (x.double().var(dim=(1, 2, 3), correction=0) + EPS).rsqrt(), slack)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def jpeg(seed: int, size: int = 40) -> bytes:
-    """Return a JPEG of coarse noise, which is neither black nor of a single colour."""
+    """Return a JPEG of coarse noise, which is neither black nor of a single color."""
     noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return encoded(Image.fromarray(noise).resize((size, size), Image.Resampling.NEAREST))
 
@@ -32,7 +32,7 @@ def class_folders(root: Path, classes: Mapping[str, int], first: int = 0) -> Pat
     return root
 
 
-def labelled_tar(path: Path, labels: list[int], others: Mapping[str, bytes] | None = None) -> Path:
+def labeled_tar(path: Path, labels: list[int], others: Mapping[str, bytes] | None = None) -> Path:
     """Write a tar with one sample per label, and additional members."""
     members = {f"{i}.{suffix}": data for i, label in enumerate(labels) for suffix, data in _sample(i, label)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,6 @@ def folders(root: Path) -> Path:
 
 
 def tars(root: Path) -> Path:
-    """Write two tars with five labelled images in total."""
-    labelled_tar(root / "a.tar", [0, 1, 1])
-    return labelled_tar(root / "b.tar", [1, 0]).parent
+    """Write two tars with five labeled images in total."""
+    labeled_tar(root / "a.tar", [0, 1, 1])
+    return labeled_tar(root / "b.tar", [1, 0]).parent

@@ -130,7 +130,7 @@ def test_cutmix_boxes_and_weights_equal_those_of_timm(row: list[float]) -> None:
     assert kept[0] == pytest.approx(corrected, abs=1e-12)
 
 
-def test_cutmix_boxes_have_a_uniform_area_and_a_uniform_centre() -> None:
+def test_cutmix_boxes_have_a_uniform_area_and_a_uniform_center() -> None:
     """Compared with the same distribution from NumPy's generator."""
     params = mix_params(augment_recipe("fat", mixup=0.0), seed=0, step=0, lanes=np.arange(MANY))
     generator = np.random.default_rng(0)

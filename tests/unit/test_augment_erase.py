@@ -10,7 +10,7 @@ import torch
 
 from pipeline import rng
 from pipeline.augment.params import SampleParams, draw
-from pipeline.augment.pixels import BatchAugment, normalise
+from pipeline.augment.pixels import BatchAugment, normalize
 from pipeline.augment.recipe import augment_recipe
 from pipeline.augment.torch_impl.erase import hash_pixel, quantiles
 from pipeline.rng import Stream
@@ -25,7 +25,7 @@ def erased(**changes: int) -> tuple[torch.Tensor, torch.Tensor, SampleParams]:
     sides = np.full(100, 64)
     params = draw(recipe, **({"seed": 0, "epoch": 0} | changes), ids=ids, heights=sides, widths=sides)
     images = torch.full((100, 64, 64, 3), 128, dtype=torch.uint8)
-    plain = normalise(images, recipe.mean, recipe.std, torch.float32)
+    plain = normalize(images, recipe.mean, recipe.std, torch.float32)
     return BatchAugment(recipe, CPU)(images, params), plain, params
 
 

@@ -56,7 +56,7 @@ SAMPLES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"scale": (0.0001, 0.001)}, {"windows": "int32[2000, 4] ed7a77badd0e5ea5"}),
     ({"scale": (0.5, 0.5), "ratio": (1.0, 1.0)}, {"windows": "int32[2000, 4] 6c770cb1d051aa02"}),
     ({"scale": (1.0, 1.0)}, {"windows": "int32[2000, 4] 1fbe667b0888ce72"}),
-    ({"crop": "centre"}, {"windows": "int32[2000, 4] 7f14a1843e6c4628"}),
+    ({"crop": "center"}, {"windows": "int32[2000, 4] 7f14a1843e6c4628"}),
     ({"flip": 0.25}, {"flips": "bool[2000] 53c4eea00ba7fc8c"}),
     (
         {"rand_augment": "rand-m2-n3-p0.3-mstd3"},

@@ -72,7 +72,7 @@ unit = st.floats(0.01, 1.0)
     width=sides,
     scale=st.tuples(unit, unit),
     ratio=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
-    crop=st.sampled_from(["random", "centre"]),
+    crop=st.sampled_from(["random", "center"]),
 )
 @example(heights=[100], width=1, scale=(1.0, 1.0), ratio=(3.0, 4.0), crop="random")
 @example(heights=[1], width=100, scale=(1.0, 1.0), ratio=(0.25, 0.3), crop="random")
@@ -96,14 +96,14 @@ def test_every_crop_window_is_inside_its_image(
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(60, 2000, (0, 960, 60, 80)), (2000, 60, (960, 0, 80, 60))])
-def test_if_no_drawn_crop_fits_the_window_is_centred_with_a_permitted_ratio(
+def test_if_no_drawn_crop_fits_the_window_is_centered_with_a_permitted_ratio(
     height: int, width: int, expected: tuple[int, ...]
 ) -> None:
     recipe = augment_recipe("light", scale=(0.9, 1.0))
     assert (drawn(recipe, 50, height, width).windows == expected).all()
 
 
-def test_the_recipe_none_uses_the_centre_crop_of_evaluation() -> None:
+def test_the_recipe_none_uses_the_center_crop_of_evaluation() -> None:
     params = drawn(augment_recipe("none"), 50, 375, 500)
     assert (params.windows == (23, 86, 328, 328)).all()
     assert not params.flips.any()

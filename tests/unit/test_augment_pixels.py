@@ -1,4 +1,4 @@
-"""Augmented batches (pipeline/augment/pixels.py): parity, independence of the batch, strides, no synchronisation."""
+"""Augmented batches (pipeline/augment/pixels.py): parity, independence of the batch, strides, no synchronization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.augment import reference
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams, draw, mix_params
-from pipeline.augment.pixels import BatchAugment, normalise
+from pipeline.augment.pixels import BatchAugment, normalize
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.torch_impl.mix import mix
 from pipeline.augment.transfer import upload
@@ -49,7 +49,7 @@ BUSY = augment_recipe("fat", size=96, erase=0.5)
 
 @pytest.mark.parametrize("name", ["fat", "light", "none"])
 def test_samples_equal_the_reference(name: str) -> None:
-    """Crop, flip, RandAugment, normalise, erase. Most samples agree up to float32 rounding. In the others, a geometric
+    """Crop, flip, RandAugment, normalize, erase. Most samples agree up to float32 rounding. In the others, a geometric
     operation changes a few pixels by one level, which a second operation may double."""
     recipe = augment_recipe(name, size=96)
     count = 64
@@ -130,7 +130,7 @@ def test_no_result_is_read_back_from_the_device() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same_samples_without_synchronising() -> None:
+def test_a_gpu_gives_the_same_samples_without_synchronizing() -> None:
     gpu = torch.device("cuda")
     images, params = batch(BUSY, 64)
     augment = BatchAugment(BUSY, gpu, torch.float32)
@@ -143,17 +143,17 @@ def test_a_gpu_gives_the_same_samples_without_synchronising() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = mix(BatchAugment(BUSY, CPU)(images, params), mix_params(BUSY, seed=0, step=0, lanes=np.arange(64) // 2))
-    # A level is about .0175 after normalisation. float32 sums differ by rounding, which rarely changes a truncation.
+    # A level is about .0175 after normalization. float32 sums differ by rounding, which rarely changes a truncation.
     difference = (result.cpu() - expected).abs()
     assert difference.max() < 0.02
     assert difference.mean() < 1e-4
 
 
-def test_normalisation_is_within_rounding_of_the_formula() -> None:
+def test_normalization_is_within_rounding_of_the_formula() -> None:
     images = torch.from_numpy(PHOTOS[0][None])
     recipe = augment_recipe("light")
     expected = (images.double() / 255 - torch.tensor(recipe.mean)) / torch.tensor(recipe.std)
-    result = normalise(images, recipe.mean, recipe.std, torch.float32)
+    result = normalize(images, recipe.mean, recipe.std, torch.float32)
     torch.testing.assert_close(result.permute(0, 2, 3, 1).double(), expected, rtol=0, atol=1e-6)
 
 

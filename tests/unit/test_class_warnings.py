@@ -27,7 +27,7 @@ from shards.sources.layouts.detect import scan
 from shards.sources.naming.class_warnings import blank_image_warnings, class_warnings
 from shards.sources.naming.classes import class_order
 from shards.sources.scan import ScanOptions
-from tests.support.sources import class_folders, encoded, jpeg, labelled_tar
+from tests.support.sources import class_folders, encoded, jpeg, labeled_tar
 
 ONE = Options(scan=ScanOptions(workers=1))
 
@@ -141,8 +141,8 @@ def test_gaps_in_the_numbers_of_class_folders_are_reported(names: str, message: 
 
 
 def test_missing_labels_of_tars_are_reported(tmp_path: Path) -> None:
-    labelled_tar(tmp_path / "in" / "train-0.tar", [0, 2, 5])
-    labelled_tar(tmp_path / "in" / "val-0.tar", [0, 1])
+    labeled_tar(tmp_path / "in" / "train-0.tar", [0, 2, 5])
+    labeled_tar(tmp_path / "in" / "val-0.tar", [0, 1])
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
     assert found.warnings == (
         "2 of 6 labels do not occur: 3 to 4",
@@ -225,7 +225,7 @@ def test_strict_applies_when_the_parts_of_a_conversion_are_joined(tmp_path: Path
 
 
 def test_indexed_tars_have_warnings_and_unused_members(tmp_path: Path) -> None:
-    tar = labelled_tar(tmp_path / "a.tar", [0, 2], {"readme.txt": b"x", "9.jpg": BLACK, "9.cls": b"2"})
+    tar = labeled_tar(tmp_path / "a.tar", [0, 2], {"readme.txt": b"x", "9.jpg": BLACK, "9.cls": b"2"})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConversionFailed, match="--strict: 1 of 3 labels do not occur: 1"):
         index_tars([tar], ImageRules(), workers=1, strict=True)

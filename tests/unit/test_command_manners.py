@@ -1,4 +1,4 @@
-"""Conventions of all commands: --version, misspelt names, closed and full outputs, ASCII terminals, progress."""
+"""Conventions of all commands: --version, misspelled names, closed and full outputs, ASCII terminals, progress."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def test_errors_of_a_command_without_stderr_do_not_reach_stdout(arguments: str) 
     assert (done.returncode, done.stdout) == (2, "")
 
 
-# -- misspelt names ----------------------------------------------------------------------------------------------------
+# -- misspelled names --------------------------------------------------------------------------------------------------
 
-MISSPELT = [
+MISSPELLED = [
     (("shrad", "x"), "shrad: no such subcommand of 'pipeline'; did you mean shard?"),
     (("sample", "digts", "x"), "digts: no such subcommand of 'pipeline sample'; did you mean digits?"),
     (("info", "--set-digst", "x", "SET"), "--set-digst: no such option of 'pipeline info'; did you mean --set-digest?"),
@@ -150,8 +150,8 @@ MISSPELT = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISSPELT, ids=[" ".join(args) for args, _ in MISSPELT])
-def test_misspelt_names_are_explained_in_one_line(
+@pytest.mark.parametrize(("arguments", "message"), MISSPELLED, ids=[" ".join(args) for args, _ in MISSPELLED])
+def test_misspelled_names_are_explained_in_one_line(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pipeline(list(arguments)) == 2
@@ -161,7 +161,7 @@ def test_misspelt_names_are_explained_in_one_line(
     assert shown.count("\n") == 1
 
 
-def test_misspelt_training_options_are_explained() -> None:
+def test_misspelled_training_options_are_explained() -> None:
     with pytest.raises(UserError, match=r"--varaint: no such option of 'launch/train.py'; did you mean --variant\?"):
         parse(["--varaint", "b0"])
 

@@ -17,7 +17,7 @@ CHECKS = [
     "decode whole images",
     "resize",
     "resize, flip",
-    "resize, flip, normalise",
+    "resize, flip, normalize",
     "evaluation: resize, crop",
     "images/s",
 ]
@@ -42,7 +42,7 @@ def test_every_operator_runs_on_the_cpu(folder: Path, tmp_path: Path, monkeypatc
     assert list(rows) == CHECKS
     assert rows["decode a window"].startswith("4 images, (64, 64, 3), torch.uint8 on cpu")
     assert rows["resize, flip"].startswith("4 images, (224, 224, 3), torch.uint8")
-    assert rows["resize, flip, normalise"].startswith("4 images, (224, 224, 3), torch.float32")
+    assert rows["resize, flip, normalize"].startswith("4 images, (224, 224, 3), torch.float32")
     assert rows["evaluation: resize, crop"].startswith("4 images, (64, 64, 3), torch.uint8")
 
 

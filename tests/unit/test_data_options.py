@@ -1,4 +1,4 @@
-"""Options that select samples and normalise them, from the command line to the batches of a run."""
+"""Options that select samples and normalize them, from the command line to the batches of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def feed(data: Path, *options: str) -> Feed:
     return Feed.of(parse(["--data", str(data), *SMALL, *options]), CPU)
 
 
-def test_training_and_evaluation_normalise_with_the_mean_and_std_of_the_recipe(digits: Path) -> None:
+def test_training_and_evaluation_normalize_with_the_mean_and_std_of_the_recipe(digits: Path) -> None:
     usual = feed(digits)
     other = feed(digits, "--mean", "0.5", "0.25", "0", "--std", "0.5", "0.25", "1")
     for make in (

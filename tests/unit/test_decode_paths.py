@@ -95,7 +95,7 @@ def test_every_path_delivers_the_same_batches(digits: Path, world: int, mib: flo
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), quality=st.sampled_from([30, 95]))
 def test_cropping_whole_images_gives_the_bytes_of_decoded_windows(seed: int, quality: int) -> None:
-    """Except for windows that are one pixel wide: libjpeg-turbo upsamples the colours of some of them differently."""
+    """Except for windows that are one pixel wide: libjpeg-turbo upsamples the colors of some of them differently."""
     rng = np.random.default_rng(seed)
     photos, windows = [], []
     for _ in range(4):

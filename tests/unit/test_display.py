@@ -190,10 +190,10 @@ def test_the_live_view_shows_the_cursor_again_and_breaks_messages_between_words(
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     message = plain[plain.index("a message") :].replace("\r\n", " ")
     assert "with many words with many words" in message
-    assert re.search(r"\x1b\[[0-9;]*m", text)  # colours
+    assert re.search(r"\x1b\[[0-9;]*m", text)  # colors
 
 
-def test_no_color_is_honoured() -> None:
+def test_no_color_is_honored() -> None:
     text = on_a_terminal(NO_COLOR="1")
     assert not re.search(r"\x1b\[(3[0-7]|38|4[0-7]|9[0-7])[;m]", text)
 

@@ -1,4 +1,4 @@
-"""Evaluation of images of any aspect ratio: same pixels as resizing the whole image, then cropping its centre."""
+"""Evaluation of images of any aspect ratio: same pixels as resizing the whole image, then cropping its center."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = [(2, 900), (900, 2), (1, 400), (3, 777), (40, 500), (2000, 90), (33, 265
 
 
 def noise(height: int, width: int) -> NDArray[np.uint8]:
-    """Return noise, in which every pixel differs from its neighbours, so that shifts by a fraction of a pixel show.
+    """Return noise, in which every pixel differs from its neighbors, so that shifts by a fraction of a pixel show.
 
     Its values are far from black and white, because Pillow clips between its two passes, whose order depends on the
     size.
@@ -53,7 +53,7 @@ def test_the_cpu_gives_the_pixels_of_resize_then_crop(size: int, crop_pct: float
     pixels = [noise(*sides) for sides in SIZES]
     job = job_of(pixels, size, crop_pct)
     windows = [p[y : y + h, x : x + w] for p, (y, x, h, w) in zip(pixels, job.window.tolist(), strict=True)]
-    with Resizer(threads=1, normalisation=None) as resize:
+    with Resizer(threads=1, normalization=None) as resize:
         shown = resize([np.ascontiguousarray(window) for window in windows], job).numpy().astype(np.int16)
     for row, sides, image in zip(shown, SIZES, pixels, strict=True):
         difference = np.abs(row - reference(Image.fromarray(image), size, crop_pct))
@@ -98,10 +98,10 @@ def test_regions_are_inside_windows_inside_the_image(height: int, width: int, si
     assert top + region_high <= high + 1e-6 * height
     assert left + region_wide <= wide + 1e-6 * width
     if max(height, width) > MAX_ASPECT * min(height, width):
-        assert max(high, wide) < 2 * min(height, width) + 12, "the window is little more than the centre crop"
+        assert max(high, wide) < 2 * min(height, width) + 12, "the window is little more than the center crop"
 
 
-def test_an_extreme_image_takes_no_more_memory_than_its_centre() -> None:
+def test_an_extreme_image_takes_no_more_memory_than_its_center() -> None:
     """Resizing 65,500 x 2 pixels to 8,384,000 x 256 would take 6 GB."""
     code = """
         import io, json, torch, numpy as np

@@ -1,4 +1,4 @@
-"""BatchNorm folded into its neighbours computes the same as BatchNorm itself, in plain PyTorch."""
+"""BatchNorm folded into its neighbors computes the same as BatchNorm itself, in plain PyTorch."""
 
 from __future__ import annotations
 

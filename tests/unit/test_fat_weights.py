@@ -158,7 +158,7 @@ def test_tensors_that_do_not_fit_the_model_are_named(
 
 
 @pytest.mark.parametrize("kind", ["with a config", "without metadata", "released names"])
-def test_weights_of_another_variant_are_recognised(tmp_path: Path, kind: str) -> None:
+def test_weights_of_another_variant_are_recognized(tmp_path: Path, kind: str) -> None:
     """The message is one line that names the file's variant, instead of hundreds of tensors."""
     other = fat.create_model("fat_b1", num_classes=10)
     path = tmp_path / ("w.safetensors" if kind == "with a config" else "w.pth")
@@ -177,7 +177,7 @@ def test_weights_of_another_variant_are_recognised(tmp_path: Path, kind: str) ->
         assert str(error.value).endswith("; use fat.create_model('fat_b1'), or in training --variant b1")
 
 
-def test_weights_with_other_dimensions_than_any_variant_are_recognised(model: fat.FAT, tmp_path: Path) -> None:
+def test_weights_with_other_dimensions_than_any_variant_are_recognized(model: fat.FAT, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     fat.save_weights(model, path)
     with pytest.raises(ValueError, match=r"a FAT model with other dimensions: depths .*; create the model with"):

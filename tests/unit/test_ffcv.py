@@ -160,8 +160,8 @@ def test_evaluation_pixels_are_close_to_dali(sets: dict[str, Path]) -> None:
     for loader in ("dali", "ffcv"):
         plan = EvalPlan(samples, batch=samples)
         options = LoaderOptions(loader=loader)  # type: ignore[arg-type]
-        normalisation = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-        (batch,) = batches_of(EvalLoader(dataset, plan, size=96, device=CPU, options=options, **normalisation))  # type: ignore[arg-type]
+        normalization = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+        (batch,) = batches_of(EvalLoader(dataset, plan, size=96, device=CPU, options=options, **normalization))  # type: ignore[arg-type]
         images.append(batch.images)
     assert (images[0] - images[1]).abs().mean() < 3
 

@@ -14,7 +14,7 @@ from shards.convert.options import Options
 from shards.sources.scan import ScanOptions
 from shards.sources.walk import cached_folder_listings, count_files, list_folder
 from tests.support.folder_listings import count_listings
-from tests.support.sources import class_folders, jpeg, labelled_tar
+from tests.support.sources import class_folders, jpeg, labeled_tar
 
 ONE = Options(scan=ScanOptions(workers=1))
 
@@ -30,7 +30,7 @@ def one_folder(root: Path) -> None:
 
 def tars(root: Path) -> None:
     for i in range(4):
-        labelled_tar(root / "train" / f"{i}.tar", [0, 1])
+        labeled_tar(root / "train" / f"{i}.tar", [0, 1])
     (root / "train" / "0.tar.gz").write_bytes(b"the downloaded archive")
 
 

@@ -1,4 +1,4 @@
-"""Image formats are recognised by name and by content; a missing decoder is named in the reject reason."""
+"""Image formats are recognized by name and by content; a missing decoder is named in the reject reason."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_every_format_is_converted_to_a_jpeg_of_the_same_image(suffix: str) -> N
 
 
 @pytest.mark.parametrize("suffix", [".ppm", ".qoi", ".jp2", ".j2k", ".avif", ".heic", ".jxl", ".jxlc"])
-def test_formats_with_a_signature_are_recognised_by_content(suffix: str) -> None:
+def test_formats_with_a_signature_are_recognized_by_content(suffix: str) -> None:
     assert looks_like_image(FORMATS[suffix]()[:MAGIC_BYTES])
 
 
 @pytest.mark.parametrize("text", [b"P1 is the first part", b"P6 and P5 are others", b"Phone: 12 34 56", b"\0" * 16])
-def test_other_files_are_not_recognised_as_images(text: bytes) -> None:
+def test_other_files_are_not_recognized_as_images(text: bytes) -> None:
     assert not looks_like_image(text[:MAGIC_BYTES])
 
 

@@ -10,7 +10,7 @@ from shards.commands.command_line import Index
 from shards.commands.inspect import Info
 from shards.errors import ConversionFailed, UserError
 from shards.format.manifest import Manifest
-from tests.support.sources import labelled_tar
+from tests.support.sources import labeled_tar
 
 UNNAMED = "b.tar: no split in the name, so used for training"
 NO_VALIDATION = "test-0.tar: kept as split 'test'; there is no validation split"
@@ -22,7 +22,7 @@ WARNINGS = [
 
 
 def tars(folder: Path, names: list[str]) -> tuple[Path, ...]:
-    return tuple(labelled_tar(folder / name, [0, 1, 0]) for name in names)
+    return tuple(labeled_tar(folder / name, [0, 1, 0]) for name in names)
 
 
 @pytest.mark.parametrize(("names", "warning"), WARNINGS)
@@ -71,8 +71,8 @@ def test_strict_fails_on_warnings_about_file_names_before_reading_tars(
 
 
 def test_warnings_about_names_and_labels_are_recorded_together(tmp_path: Path) -> None:
-    labelled_tar(tmp_path / "train-0.tar", [0, 3])
-    labelled_tar(tmp_path / "b.tar", [0, 3])
+    labeled_tar(tmp_path / "train-0.tar", [0, 3])
+    labeled_tar(tmp_path / "b.tar", [0, 3])
     both = tuple(sorted(tmp_path.glob("*.tar")))
     assert Index(both, workers=1).run() == 0
     warnings = Manifest.load(tmp_path).made["warnings"]

@@ -19,7 +19,7 @@ from torch import nn
 
 import fat
 from fat.inference.pil_image import rgb_pixels
-from pipeline.decode.job import DecodeJob, Normalisation
+from pipeline.decode.job import DecodeJob, Normalization
 from pipeline.decode.resize import Resizer
 from pipeline.jobs import eval_windows
 from shards.images.pixels import to_8bit
@@ -41,7 +41,7 @@ def by_evaluation(pixels: np.ndarray, transform: fat.ImageTransform) -> torch.Te
     )
     y, x, height, width = window[0]
     part = np.ascontiguousarray(pixels[y : y + height, x : x + width])
-    with Resizer(threads=1, normalisation=Normalisation(transform.mean, transform.std)) as resize:
+    with Resizer(threads=1, normalization=Normalization(transform.mean, transform.std)) as resize:
         return resize([part], job)[0].permute(2, 0, 1)
 
 

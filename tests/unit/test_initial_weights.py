@@ -56,7 +56,7 @@ def test_messages_name_what_was_not_loaded(tmp_path: Path) -> None:
     bias, (first, second) = loaded(path)
     assert bias != 1.0
     assert first == f"loaded {TENSORS - 2} of {TENSORS} tensors from {path}; not loaded: head.weight, head.bias"
-    assert "classifier: newly initialised, because the weights have other classes" in second
+    assert "classifier: newly initialized, because the weights have other classes" in second
 
 
 def test_random_backbone_that_is_not_trained_is_warned_about() -> None:

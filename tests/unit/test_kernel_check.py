@@ -146,7 +146,7 @@ def test_an_unusable_device_ends_the_process_with_one_line(model: fat.FAT, monke
     def lost(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    monkeypatch.setattr(comparison, "_synchronise", lost)
+    monkeypatch.setattr(comparison, "_synchronize", lost)
     with pytest.raises(KernelFault) as caught:
         selfcheck.run([stub(families.GATE)], CPU)
     line = str(caught.value)

@@ -198,7 +198,7 @@ def test_forward_at_stride_2_needs_few_registers(compiled: OfflineDriver, tmp_pa
 @pytest.mark.parametrize("capability", [90])
 def test_half_precision_feature_maps_are_loaded_16_bytes_at_a_time(compiled: OfflineDriver) -> None:
     LAUNCHES["block"]()
-    for name in ("_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
+    for name in ("_normalize", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
         assert "ld.global.v4.b32" in code, name
     for what in ("sums", "stem"):

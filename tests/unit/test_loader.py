@@ -189,7 +189,7 @@ def test_an_interrupted_evaluation_resumes_at_another_world_size(digits: Path) -
     assert all(torch.equal(seen[i], images[i]) for i in seen)
 
 
-def test_evaluation_pixels_equal_resize_and_centre_crop_by_pil(photos: Path) -> None:
+def test_evaluation_pixels_equal_resize_and_center_crop_by_pil(photos: Path) -> None:
     dataset = ShardSet(photos)
     samples = dataset.split("val").samples
     recipe = AugmentRecipe()

@@ -77,7 +77,7 @@ def test_the_crop_window_is_drawn_into_the_source(photos: Path, tmp_path: Path, 
     Look(str(photos), out=tmp_path / "sheet.png", size=96, count=4).run()
     for cell in cells:
         before = cell.panels[0].reshape(-1, 3)
-        assert (before == look.WINDOW_COLOUR).all(axis=1).sum() > 4 * 10
+        assert (before == look.WINDOW_COLOR).all(axis=1).sum() > 4 * 10
 
 
 def test_images_of_another_split_are_those_of_an_evaluation(photos: Path, tmp_path: Path, cells: list[Cell]) -> None:
@@ -91,13 +91,13 @@ def test_images_of_another_split_are_those_of_an_evaluation(photos: Path, tmp_pa
     with EvalLoader(
         dataset, EvalPlan(count, batch=count), size=64, crop_pct=0.5, mean=normal.mean, std=normal.std, device=CPU
     ) as loader:
-        expected = look.denormalised(next(iter(loader)).images.numpy(), normal)
+        expected = look.denormalized(next(iter(loader)).images.numpy(), normal)
     for cell, pixels in zip(cells, expected, strict=True):
         assert np.array_equal(cell.panels[1], pixels)
-        assert cell.operations == "centre crop"
-        drawn = np.argwhere((cell.panels[0] == look.WINDOW_COLOUR).all(axis=-1))
+        assert cell.operations == "center crop"
+        drawn = np.argwhere((cell.panels[0] == look.WINDOW_COLOR).all(axis=-1))
         top, left, bottom, right = *drawn.min(axis=0), *drawn.max(axis=0)
-        assert abs(top + bottom - 63) <= 2, "the window is centred"
+        assert abs(top + bottom - 63) <= 2, "the window is centered"
         assert abs(left + right - 63) <= 2
         assert abs((bottom - top) - (right - left)) <= 2, "and square"
 

@@ -243,7 +243,7 @@ def test_the_classifier_is_kept_reordered_or_replaced_by_class_names(
     (*_, note) = load_weights(model, path, classes=fat.ClassList.of(folders))
     assert torch.equal(model.body[0].weight, before.body[0].weight)
     assert torch.equal(model.fc.weight, new if rows is None else before.fc.weight[rows])
-    assert note.startswith("classifier: newly initialised" if rows is None else "classifier: kept")
+    assert note.startswith("classifier: newly initialized" if rows is None else "classifier: kept")
 
 
 def test_the_last_layer_of_a_classifier_with_a_usual_name_is_replaced(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_the_last_layer_of_a_classifier_with_a_usual_name_is_replaced(tmp_path: 
     new = model.classifier[2].weight.clone()
     path = saved(tmp_path / "w.safetensors", before)
     (note,) = load_weights(model, path, classes=fat.ClassList.of(["x", "y"]))
-    assert note.startswith("classifier: newly initialised")
+    assert note.startswith("classifier: newly initialized")
     assert torch.equal(model.classifier[2].weight, new)
     assert torch.equal(model.classifier[0].weight, before.classifier[0].weight)
     assert classifier_of(model) is model.classifier
@@ -279,7 +279,7 @@ def test_the_classifier_of_a_model_of_timm_is_replaced(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.safetensors", before)
     model = timm.create_model("test_resnet", num_classes=5)
     (note,) = load_weights(model, path, classes=fat.ClassList.of(list("abcde")))
-    assert "newly initialised" in note
+    assert "newly initialized" in note
     kept, loaded = (dict(m.named_parameters()) for m in (before, model))
     assert all(torch.equal(loaded[name], kept[name]) for name in kept if not name.startswith("fc."))
 

@@ -93,7 +93,7 @@ def scaled(white: float, kind: Any = np.uint16) -> NDArray[Any]:
 
 DEEP = scaled(65535)
 TWELVE = scaled(4095)
-GREYSCALE_RAMPS = {
+GRAYSCALE_RAMPS = {
     "png of 16 bits": png(DEEP),
     "png with sBIT 12, lower bits used": png(TWELVE, sbit(12)),
     "png with sBIT 12, upper bits used": png(TWELVE << 4, sbit(12)),
@@ -125,9 +125,9 @@ GREYSCALE_RAMPS = {
 }
 
 
-@pytest.mark.parametrize("name", GREYSCALE_RAMPS)
-def test_a_greyscale_ramp_is_preserved_by_every_storage_format(name: str) -> None:
-    pixels, _ = shown(GREYSCALE_RAMPS[name])
+@pytest.mark.parametrize("name", GRAYSCALE_RAMPS)
+def test_a_grayscale_ramp_is_preserved_by_every_storage_format(name: str) -> None:
+    pixels, _ = shown(GRAYSCALE_RAMPS[name])
     assert pixels.shape == RAMP.shape
     assert np.abs(pixels - RAMP).max() <= 4, "tolerance for rounding and JPEG"
 
@@ -139,22 +139,22 @@ def test_a_dark_left_aligned_png_stays_dark() -> None:
     assert np.abs(pixels - (dark >> 4)).max() <= 4
 
 
-COLOURS = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 90)], axis=-1)
+COLORS = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 90)], axis=-1)
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        png((COLOURS.astype(np.uint16) << 8) + 77),
-        png(COLOURS.astype(np.uint16) << 4 | 5, sbit(12, 12, 12)),
-        png(COLOURS.astype(np.uint16) << 8, sbit(12, 12, 12)),
-        tiff_of((COLOURS.astype(np.uint16) << 8) + 77),
-        tiff_of(COLOURS.astype(np.uint16) << 4 | 5, smax=(SHORT, 4095)),
+        png((COLORS.astype(np.uint16) << 8) + 77),
+        png(COLORS.astype(np.uint16) << 4 | 5, sbit(12, 12, 12)),
+        png(COLORS.astype(np.uint16) << 8, sbit(12, 12, 12)),
+        tiff_of((COLORS.astype(np.uint16) << 8) + 77),
+        tiff_of(COLORS.astype(np.uint16) << 4 | 5, smax=(SHORT, 4095)),
     ],
 )
 def test_rgb_of_more_than_8_bits_is_converted(data: bytes) -> None:
     pixels, _ = shown(data)
-    assert np.abs(pixels - COLOURS).mean() < 2
+    assert np.abs(pixels - COLORS).mean() < 2
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_rgb_of_more_than_8_bits_is_converted(data: bytes) -> None:
         (png(DEEP), "PNG: upper 8 of 16 bits kept"),
         (png(TWELVE), "PNG: upper 8 of 16 bits kept, although all samples fit in 12 bits"),
         (tiff_of(TWELVE), "TIFF: upper 8 of 16 bits kept, although all samples fit in 12 bits"),
-        (png(COLOURS.astype(np.uint16) << 8), "PNG: upper 8 of 16 bits kept"),
+        (png(COLORS.astype(np.uint16) << 8), "PNG: upper 8 of 16 bits kept"),
         (
             tiff_of(RAMP.astype(np.uint32)),
             "TIFF: 32-bit samples converted as 8-bit samples, because all of them fit in 8 bits",
@@ -197,18 +197,18 @@ def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return out.getvalue()
 
 
-def grey_alpha() -> NDArray[np.uint8]:
+def gray_alpha() -> NDArray[np.uint8]:
     return np.stack([np.zeros_like(RAMP), RAMP], axis=-1)
 
 
 ON_WHITE = 255 - RAMP
 PALETTE = b"".join(bytes([i, i, i]) for i in range(256))
 TRANSPARENT = {
-    "grey with alpha": png(grey_alpha()),
-    "grey with alpha of 16 bits": png(grey_alpha().astype(np.uint16) * 257),
-    "colour with alpha of 16 bits": png(np.dstack([np.zeros((*RAMP.shape, 3)), RAMP]).astype(np.uint16) * 257),
+    "gray with alpha": png(gray_alpha()),
+    "gray with alpha of 16 bits": png(gray_alpha().astype(np.uint16) * 257),
+    "color with alpha of 16 bits": png(np.dstack([np.zeros((*RAMP.shape, 3)), RAMP]).astype(np.uint16) * 257),
     "palette with alpha": png(RAMP, chunk(b"PLTE", bytes(768)) + chunk(b"tRNS", bytes(range(256))), color_type=3),
-    "grey with a transparent level": png(RAMP, chunk(b"tRNS", b"\0\0")),
+    "gray with a transparent level": png(RAMP, chunk(b"tRNS", b"\0\0")),
 }
 
 
@@ -289,7 +289,7 @@ def display_p3() -> bytes:
 CYAN = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
 
 
-def colour(data: bytes, rules: ImageRules = RULES) -> tuple[list[float], str | None]:
+def color(data: bytes, rules: ImageRules = RULES) -> tuple[list[float], str | None]:
     image = accept(data, rules)
     pixels = np.asarray(Image.open(io.BytesIO(image.data)).convert("RGB"), np.float64)
     return pixels.mean(axis=(0, 1)).round().tolist(), image.repair
@@ -297,14 +297,14 @@ def colour(data: bytes, rules: ImageRules = RULES) -> tuple[list[float], str | N
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_is_converted_with_its_icc_profile(kind: str) -> None:
-    (red, green, blue), repair = colour(saved(CYAN, kind, icc_profile=cmyk_profile()))
+    (red, green, blue), repair = color(saved(CYAN, kind, icc_profile=cmyk_profile()))
     assert red > 200
     assert max(green, blue) < 90
     assert repair == ("CMYK JPEG" if kind == "JPEG" else "TIFF")
 
 
 def test_cmyk_without_a_profile_is_converted_by_the_default_formula() -> None:
-    (red, green, blue), _ = colour(saved(CYAN, "JPEG"))
+    (red, green, blue), _ = color(saved(CYAN, "JPEG"))
     assert red < 10
     assert min(green, blue) > 245
 
@@ -318,7 +318,7 @@ def test_cmyk_without_a_profile_is_converted_by_the_default_formula() -> None:
     ],
 )
 def test_the_repair_reason_names_a_profile_that_was_not_applied(profile: bytes, note: str) -> None:
-    (red, green, blue), repair = colour(saved(CYAN, "JPEG", icc_profile=profile))
+    (red, green, blue), repair = color(saved(CYAN, "JPEG", icc_profile=profile))
     assert repair == f"CMYK JPEG: {note}"
     assert red < 10
     assert min(green, blue) > 245
@@ -331,7 +331,7 @@ def test_reencoded_wide_gamut_images_are_converted_to_srgb() -> None:
         (saved(image, icc_profile=display_p3()), RULES),
         (saved(image, "JPEG", quality=95, icc_profile=display_p3()), ImageRules(max_side=16)),
     ):
-        found, _ = colour(data, rules)
+        found, _ = color(data, rules)
         assert np.abs(np.array(found) - expected_srgb((200, 100, 50))).max() <= 3
     assert np.abs(expected_srgb((200, 100, 50)) - (200, 100, 50)).max() > 8
 
@@ -353,7 +353,7 @@ def test_kept_wide_gamut_jpegs_are_unchanged() -> None:
 def test_lab_images_are_converted_to_srgb() -> None:
     lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     image = ImageCms.applyTransform(Image.new("RGB", (32, 32), (180, 90, 60)), lab)
-    found, _ = colour(saved(image, "TIFF"))
+    found, _ = color(saved(image, "TIFF"))
     assert np.abs(np.array(found) - (180, 90, 60)).max() <= 4
 
 

@@ -59,9 +59,9 @@ def evaluate(path: Path) -> list[Batch]:
     dataset = ShardSet(path)
     plan = EvalPlan(dataset.split("val").samples, batch=8)
     recipe = augment_recipe("light")
-    normalisation: Any = {"mean": recipe.mean, "std": recipe.std}
+    normalization: Any = {"mean": recipe.mean, "std": recipe.std}
     options = LoaderOptions(loader="dali")
-    with EvalLoader(dataset, plan, size=96, device=CPU, options=options, **normalisation) as loader:
+    with EvalLoader(dataset, plan, size=96, device=CPU, options=options, **normalization) as loader:
         return list(loader)
 
 
@@ -101,14 +101,14 @@ def test_threads_and_batches_ahead_do_not_change_pixels(sets: dict[str, Path]) -
 
 @settings(max_examples=30)
 @given(st.integers(1, 120), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
-def test_all_implementations_of_flip_and_normalise_give_the_same_values(
-    size: int, flip: bool, normalised: bool, seed: int
+def test_all_implementations_of_flip_and_normalize_give_the_same_values(
+    size: int, flip: bool, normalized: bool, seed: int
 ) -> None:
     numbers = np.random.default_rng(seed)
     pixels = numbers.integers(0, 256, (size, size, 3), dtype=np.uint8)
     scale, offset = numbers.normal(size=(2, size * 3)).astype(np.float32)
     expected = (pixels[:, ::-1] if flip else pixels).reshape(size, -1)
-    if normalised:
+    if normalized:
         expected = expected.astype(np.float32) * scale + offset
     for implementation in (finish, finish_with_numpy):
         out = np.empty((size, size * 3), expected.dtype)

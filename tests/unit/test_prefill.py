@@ -164,13 +164,13 @@ def test_all_launches_of_a_step_of_fat_b0_are_recorded(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("model", ["fat_b0", pytest.param("fat_b3", marks=pytest.mark.slow)])
-def test_sizes_that_bound_loops_are_not_specialised(model: str) -> None:
+def test_sizes_that_bound_loops_are_not_specialized(model: str) -> None:
     """The number of kernels stays small. Only blocks and the stem have one kernel per number of channels."""
     with torch.device("meta"):
         step = training_step(fat.create_model(model), (256, 3, 224, 224))
     names = Counter(launch.name for launch in launches.record(step, TARGET))
     assert names["_join"] == 2
-    assert names["_normalise"] <= 2
+    assert names["_normalize"] <= 2
     assert names["_input_gradient"] <= 3
     assert names.total() <= 120
 
@@ -379,7 +379,7 @@ def test_launches_of_a_benchmark_run_are_recorded(kind: str) -> None:
             "_channel_sums",
             "_norm_relu",
         },
-        "eval": {"_convolve", "_blocks", "_normalise"},
+        "eval": {"_convolve", "_blocks", "_normalize"},
         "augment": {"_histogram_tables", "_apply", "_finish"},
         "check": {
             "_convolve",

@@ -65,14 +65,14 @@ def test_theme_follows_the_browser(browser: Browser, pages: dict[str, Path]) -> 
     found = {}
     for dark in (False, True):
         browser.open(pages["ten classes"], width=1280, dark=dark)
-        colour = "getComputedStyle(document.querySelector('{}')).{}"
+        color = "getComputedStyle(document.querySelector('{}')).{}"
         found[dark] = [
-            browser.run(colour.format("body", "backgroundColor")),
-            browser.run(colour.format("body", "color")),
-            browser.run(colour.format(".charts text", "fill")),
+            browser.run(color.format("body", "backgroundColor")),
+            browser.run(color.format("body", "color")),
+            browser.run(color.format(".charts text", "fill")),
         ]
     assert not set(found[False]) & set(found[True])
-    assert found[True][1] == found[True][2]  # texts of charts have the colour of the page's text
+    assert found[True][1] == found[True][2]  # texts of charts have the color of the page's text
 
 
 def test_printed_page_is_light_and_complete(browser: Browser, pages: dict[str, Path]) -> None:

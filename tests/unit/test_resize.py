@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data as photos
 
-from pipeline.decode.job import DecodeJob, Normalisation
+from pipeline.decode.job import DecodeJob, Normalization
 from pipeline.decode.resize import Resizer, resized
 
 SIZE = 64
@@ -42,7 +42,7 @@ def by_pil(window: NDArray[np.uint8], height: int, width: int) -> NDArray[np.int
 
 def test_training_windows_equal_pil_up_to_rounding(photo: NDArray[np.uint8]) -> None:
     flip = np.arange(len(WINDOWS)) % 2 == 1
-    with Resizer(threads=2, normalisation=None) as resize:
+    with Resizer(threads=2, normalization=None) as resize:
         batch = resize(cut(photo), job(flip=flip)).numpy().astype(np.int16)
     for shown, window, flipped in zip(batch, cut(photo), flip, strict=True):
         expected = by_pil(window, SIZE, SIZE)
@@ -56,34 +56,34 @@ def test_evaluation_resizes_the_whole_image_and_crops_at_the_corner(photo: NDArr
     scale = np.array(WINDOWS)[:, 2:] / (80, 96)
     region = np.hstack([(3, 17) * scale, SIZE * scale])
     assert len(region) == n
-    with Resizer(threads=1, normalisation=None) as resize:
+    with Resizer(threads=1, normalization=None) as resize:
         batch = resize(cut(photo), job(region=region)).numpy().astype(np.int16)
     for shown, window in zip(batch, cut(photo), strict=True):
         assert np.abs(shown - by_pil(window, 80, 96)[3 : 3 + SIZE, 17 : 17 + SIZE]).max() <= 2
 
 
-@pytest.mark.parametrize("normalisation", [None, Normalisation(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))])
-def test_one_resizer_serves_every_output_size(photo: NDArray[np.uint8], normalisation: Normalisation | None) -> None:
-    with Resizer(threads=2, normalisation=normalisation) as shared:
+@pytest.mark.parametrize("normalization", [None, Normalization(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))])
+def test_one_resizer_serves_every_output_size(photo: NDArray[np.uint8], normalization: Normalization | None) -> None:
+    with Resizer(threads=2, normalization=normalization) as shared:
         for size in (32, 96, 64, 32):
-            with Resizer(threads=1, normalisation=normalisation) as own:
+            with Resizer(threads=1, normalization=normalization) as own:
                 expected = own(cut(photo), job(size))
             assert torch.equal(shared(cut(photo), job(size)), expected)
 
 
-def test_normalised_output_equals_the_normalised_uint8_output(photo: NDArray[np.uint8]) -> None:
+def test_normalized_output_equals_the_normalized_uint8_output(photo: NDArray[np.uint8]) -> None:
     flip = np.arange(len(WINDOWS)) % 2 == 0
-    normalisation = Normalisation(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-    with Resizer(threads=2, normalisation=None) as resize:
+    normalization = Normalization(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    with Resizer(threads=2, normalization=None) as resize:
         plain = resize(cut(photo), job(flip=flip))
-    with Resizer(threads=2, normalisation=normalisation) as resize:
-        normalised = resize(cut(photo), job(flip=flip))
-    mean, std = torch.tensor(normalisation.mean), torch.tensor(normalisation.std)
-    torch.testing.assert_close(normalised, (plain / 255 - mean) / std, atol=1e-5, rtol=1e-5)
+    with Resizer(threads=2, normalization=normalization) as resize:
+        normalized = resize(cut(photo), job(flip=flip))
+    mean, std = torch.tensor(normalization.mean), torch.tensor(normalization.std)
+    torch.testing.assert_close(normalized, (plain / 255 - mean) / std, atol=1e-5, rtol=1e-5)
 
 
 def test_an_error_in_a_thread_is_raised_at_the_caller(photo: NDArray[np.uint8]) -> None:
-    with Resizer(threads=2, normalisation=None) as resize, pytest.raises(RuntimeError):
+    with Resizer(threads=2, normalization=None) as resize, pytest.raises(RuntimeError):
         resize([np.zeros((0, 0, 3), np.uint8)] * len(WINDOWS), job())
 
 

@@ -85,17 +85,17 @@ def test_pixels_are_those_that_pillow_decodes_and_shrinks(name: str, sets: dict[
     jpegs, rows = stored(sets["original"]), ShardSet(sets[name]).index("train")
     lossless = ShardSet(sets["original"]).index("train")["repaired"] == 1
     assert np.count_nonzero(lossless) == 1
-    grey = False
+    gray = False
     for i, (jpeg, pixels) in enumerate(zip(jpegs, stored(sets[name]), strict=True)):
         image = Image.open(io.BytesIO(jpeg.tobytes()))
-        grey |= image.mode == "L"
+        gray |= image.mode == "L"
         size = (int(rows[i]["width"]), int(rows[i]["height"]))
         shrunk = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
         expected = np.asarray(shrunk.convert("RGB"))
         if lossless[i]:  # a PNG, whose pixels are stored without JPEG compression
             expected = np.full_like(expected, (200, 90, 30))
         assert np.array_equal(pixels.reshape(expected.shape), expected)
-    assert grey, "grey images are stored as RGB"
+    assert gray, "gray images are stored as RGB"
 
 
 def test_only_large_images_are_shrunk(sets: dict[str, Path]) -> None:

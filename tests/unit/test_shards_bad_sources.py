@@ -83,7 +83,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     return info
 
 
-def labelled(label: bytes) -> Entries:
+def labeled(label: bytes) -> Entries:
     return [("a.jpg", IMAGES[0]), ("a.cls", label), ("b.jpg", IMAGES[1]), ("b.cls", b"0")]
 
 
@@ -115,13 +115,13 @@ def assert_rejected(source: Path, tmp_path: Path, message: str, options: Options
 
 
 TARS: dict[str, tuple[bytes, str]] = {
-    "negative label": (tarred(labelled(b"-1")), "a.cls: label -1 means that the image has no label"),
-    "label with underscore": (tarred(labelled(b"1_0")), "label 0, but"),
-    "arabic digits": (tarred(labelled("٣".encode())), "b.cls: label 0, but "),
-    "padded label": (tarred(labelled(b"0" * 24 + b"5")), "has more than 20 digits"),
-    "empty label": (tarred(labelled(b"")), "label '' means that the image has no label"),
-    "label 2^32": (tarred(labelled(b"4294967296")), "label 4294967296 is out of range; expected a class number from 0"),
-    "label 50 million": (tarred(labelled(b"50000000")), "label 50000000 is out of range; expected a class number"),
+    "negative label": (tarred(labeled(b"-1")), "a.cls: label -1 means that the image has no label"),
+    "label with underscore": (tarred(labeled(b"1_0")), "label 0, but"),
+    "arabic digits": (tarred(labeled("٣".encode())), "b.cls: label 0, but "),
+    "padded label": (tarred(labeled(b"0" * 24 + b"5")), "has more than 20 digits"),
+    "empty label": (tarred(labeled(b"")), "label '' means that the image has no label"),
+    "label 2^32": (tarred(labeled(b"4294967296")), "label 4294967296 is out of range; expected a class number from 0"),
+    "label 50 million": (tarred(labeled(b"50000000")), "label 50000000 is out of range; expected a class number"),
     "two image suffixes with dots": (
         tarred([("a.left.jpg", IMAGES[1]), ("a.right.jpg", IMAGES[0]), ("a.cls", b"1")]),
         r"key 'a' with suffix 'left.jpg', and the tar has 2 such image suffixes",
@@ -789,7 +789,7 @@ def test_memory_for_invalid_tars_is_bounded(name: str, tmp_path: Path) -> None:
             file.write(raw_header(b"././@LongLink", b"%011o\0" % (7 * 2**30), b"L"))
             file.truncate(2**33)
     else:
-        tar.write_bytes(tarred(labelled(b"50000000")))
+        tar.write_bytes(tarred(labeled(b"50000000")))
     driver = LIMITED.format(bytes=3 * 2**30)
     done = subprocess.run(
         [sys.executable, "-c", driver, tar.parent, tmp_path / "set"], capture_output=True, text=True, check=False

@@ -67,9 +67,9 @@ FRAMES = [photo(size=(64, 48)), photo(size=(64, 48)).transpose(Image.Transpose.R
 
 KEPT = {
     "baseline.JPEG": JPEG,
-    "grey.jpg": encoded(photo("L")),
+    "gray.jpg": encoded(photo("L")),
     "progressive.jpg": encoded(photo(), progressive=True),
-    "progressive grey.jpg": encoded(photo("L"), progressive=True),
+    "progressive gray.jpg": encoded(photo("L"), progressive=True),
     "twelve_megapixels.jpg": encoded(photo().resize((4000, 3000))),
     "rotated_by_exif.jpg": encoded(photo(), exif=oriented(6)),
     "trailing_garbage.jpg": JPEG + b"garbage" * 99,
@@ -276,14 +276,14 @@ def test_data_after_the_image_is_not_counted_as_scans() -> None:
     data = encoded(photo(), progressive=True) + b"\xff\xda" * 1000
     assert accept(data, RULES).data == data
     header = parse_header(data)
-    assert count_scans(data, header, 100) == 10, "libjpeg's default script for colour images"
+    assert count_scans(data, header, 100) == 10, "libjpeg's default script for color images"
 
 
 def test_conversion_in_bands_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("with_alpha.png", "palette_with_transparency.png", "sixteen_bits.png", "two_levels.png", "cmyk.jpg")
     whole = [accept(REENCODED[name], RULES).data for name in names]
     rules = [ImageRules(max_side=side) for side in (1, 17, 99, 159)]
-    images = [*(REENCODED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
+    images = [*(REENCODED[name] for name in names), JPEG, KEPT["gray.jpg"], KEPT["long_and_thin.jpg"]]
     shrunk = [accept(data, rule).data for data in images for rule in rules]
     for module in ("shrink", "pixels"):
         monkeypatch.setattr(f"shards.images.{module}.BAND_PIXELS", 1000)
@@ -343,7 +343,7 @@ def test_images_are_never_enlarged() -> None:
 def test_shrinking_is_antialiased() -> None:
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (256, 128)))
     with Image.open(io.BytesIO(accept(encoded(stripes, quality=100), ImageRules(max_side=64)).data)) as result:
-        assert np.abs(np.int32(result)[:, 4:-4] - 128).max() < 24, "stripes of one pixel must become uniform grey"
+        assert np.abs(np.int32(result)[:, 4:-4] - 128).max() < 24, "stripes of one pixel must become uniform gray"
 
 
 def test_check_header_does_not_decode_the_pixels() -> None:

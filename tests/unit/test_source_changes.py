@@ -22,7 +22,7 @@ from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.sources.scan import ScanOptions
 from tests.support.folder_listings import count_listings
-from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars
+from tests.support.sources import class_folders, folders, jpeg, labeled_tar, tars
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
 STARTS = ("convert", "part", "finish")
@@ -107,9 +107,9 @@ GROWN = [
     Case("folder", "image", r"1 image added \(such as .*/cat/9.jpg\)", lambda s: shutil.copy(jpg(s), s / "train/cat/9.jpg")),  # noqa: E501
     Case("folder", "split", r"6 images added \(such as .*/val/", lambda s: shutil.copytree(s / "train", s / "val")),
     Case("folder", "renamed", r"3 images added .*/tac/.*, 3 images removed .*/cat/", lambda s: jpg(s).parent.rename(s / "train/tac")),  # noqa: E501
-    Case("tars", "tar", r"1 image added \(such as .*c.tar\[", lambda s: labelled_tar(s / "c.tar", [0])),
-    Case("tars", "sample", r"1 image added \(such as .*b.tar\[", lambda s: labelled_tar(s / "b.tar", [1, 0, 1])),
-    Case("tars", "labels", r"added .*, .* removed ", lambda s: labelled_tar(s / "b.tar", [0, 1])),
+    Case("tars", "tar", r"1 image added \(such as .*c.tar\[", lambda s: labeled_tar(s / "c.tar", [0])),
+    Case("tars", "sample", r"1 image added \(such as .*b.tar\[", lambda s: labeled_tar(s / "b.tar", [1, 0, 1])),
+    Case("tars", "labels", r"added .*, .* removed ", lambda s: labeled_tar(s / "b.tar", [0, 1])),
     Case("class tars", "class", r"2 images added \(such as .*cow.tar\[", lambda s: class_tar(s / "cow.tar", 2)),
     Case("parquet", "file", r"1 file added \(such as train-2.parquet\)", lambda s: write_table(s / "train-2.parquet", [0])),  # noqa: E501
     Case("parquet", "labels", r"1 file with a different content \(.*-1.parquet", lambda s: write_table(s / "train-1.parquet", [1, 1])),  # noqa: E501
@@ -339,7 +339,7 @@ def test_other_options_are_rejected_even_without_the_source(
 
 @pytest.mark.usefixtures("attributes")
 def test_the_set_of_a_removed_source_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = labelled_tar(tmp_path / "pets.tar", [0, 1])
+    file = labeled_tar(tmp_path / "pets.tar", [0, 1])
     command = Shard(file, workers=1)
     assert command.run() == 0
     file.unlink()

@@ -21,7 +21,7 @@ from tests.support.source_folders import SOURCES, Source
 SUFFIXES_NOT_IN_TARS = (".json",)
 """Suffixes that are not expected in the output of `pipeline index`, which reads only the tars."""
 TOLERANCE = 14
-"""Tolerance of an image's mean colour (of 255), for JPEG and rounding."""
+"""Tolerance of an image's mean color (of 255), for JPEG and rounding."""
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
@@ -49,7 +49,7 @@ def test_every_source_is_converted_as_intended_or_rejected_with_a_helpful_error(
     _check_contains([one_line(entry["kind"]) for entry in unused], output)
     if source.counts_files:
         _check_all_counted(source, folder, sum(splits.values()) + _lines(out / "rejects.jsonl"), unused)
-    _check_colours(source, out, output)
+    _check_colors(source, out, output)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +121,16 @@ def _check_all_counted(source: Source, folder: Path, images: int, unused: list[d
     assert files - source.label_files <= accounted <= files + empty, detail
 
 
-def _check_colours(source: Source, out: Path, output: str) -> None:
-    if any(word and word in output.lower() for word in source.colours_unless.split("|")):
+def _check_colors(source: Source, out: Path, output: str) -> None:
+    if any(word and word in output.lower() for word in source.colors_unless.split("|")):
         return
     shard_set = ShardSet(out)
     for split, entry in shard_set.manifest.splits.items():
         for row in shard_set.index(split):
             name = shard_set.manifest.classes[row["label"]].folder
-            if name in source.colours:
+            if name in source.colors:
                 with (out / entry.shards[row["shard"]].name).open("rb") as file:
                     file.seek(int(row["offset"]))
                     image = Image.open(io.BytesIO(file.read(int(row["size"])))).convert("RGB")
                 mean = np.asarray(image).mean((0, 1))
-                assert np.abs(mean - source.colours[name]).max() < TOLERANCE, f"{name}: {mean.round()}"
+                assert np.abs(mean - source.colors[name]).max() < TOLERANCE, f"{name}: {mean.round()}"

@@ -22,7 +22,7 @@ from shards.sources.layouts.detect import scan
 from shards.sources.listing import Container, ListingBuilder
 from shards.sources.scan import Scan, ScanOptions
 from shards.sources.walk import WORK_FOLDER
-from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars
+from tests.support.sources import class_folders, folders, jpeg, labeled_tar, tars
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
 
@@ -53,12 +53,12 @@ CHANGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("folder", "image moved", lambda root: (root / "train/cat/0.jpg").rename(root / "train/dog/7.jpg")),
     ("folder", "split added", lambda root: shutil.copytree(root / "train", root / "val")),
     ("folder", "readable names added", lambda root: (root / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
-    ("tars", "tar added", lambda root: labelled_tar(root / "c.tar", [0])),
+    ("tars", "tar added", lambda root: labeled_tar(root / "c.tar", [0])),
     ("tars", "tar removed", lambda root: (root / "b.tar").unlink()),
     ("tars", "tar renamed", lambda root: (root / "a.tar").rename(root / "z.tar")),
-    ("tars", "label changed", lambda root: labelled_tar(root / "b.tar", [0, 0])),
-    ("tars", "sample added", lambda root: labelled_tar(root / "b.tar", [1, 0, 1])),
-    ("tars", "labels swapped in a tar", lambda root: labelled_tar(root / "b.tar", [0, 1])),
+    ("tars", "label changed", lambda root: labeled_tar(root / "b.tar", [0, 0])),
+    ("tars", "sample added", lambda root: labeled_tar(root / "b.tar", [1, 0, 1])),
+    ("tars", "labels swapped in a tar", lambda root: labeled_tar(root / "b.tar", [0, 1])),
     ("parquet", "file added", lambda root: write_table(root / "train-2.parquet", [0])),
     ("parquet", "file removed", lambda root: (root / "train-1.parquet").unlink()),
     ("parquet", "row added", lambda root: write_table(root / "train-1.parquet", [0, 1, 1])),

@@ -150,7 +150,7 @@ REJECTED = {
         "train/val: a split folder inside split",
     ),
     "class or split": (lambda r: tree(tree(r, "bullet_train"), "car"), "bullet_train: contains folders, so it may be"),
-    "unlabelled train of train": (lambda r: flat(r, "train/train"), "train/train: no class folders in it"),
+    "unlabeled train of train": (lambda r: flat(r, "train/train"), "train/train: no class folders in it"),
     "empty class": (lambda r: [tree(r, "."), (r / "cow").mkdir()], "cow: the class folder has no images; add images"),
     "empty classes": (lambda r: [tree(r, "."), *((r / c).mkdir() for c in "xyz")], r"has no images \(and 2 more\)"),
 }

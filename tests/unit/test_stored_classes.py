@@ -376,8 +376,8 @@ def test_a_run_whose_checkpoints_have_only_a_digest_reads_the_names_from_classes
     [
         (FOLDERS, 3, "kept; the 10 classes are the same"),
         (FOLDERS[::-1], 6, "kept, with reordered rows; the 10 classes are the same in another order"),
-        (["a", *FOLDERS[1:]], None, "newly initialised, because the weights have other classes (1 removed: a; 1 added"),
-        (FOLDERS[:9], None, "newly initialised, because the weights have other classes (1 added: 9_nine)"),
+        (["a", *FOLDERS[1:]], None, "newly initialized, because the weights have other classes (1 removed: a; 1 added"),
+        (FOLDERS[:9], None, "newly initialized, because the weights have other classes (1 added: 9_nine)"),
         (None, 3, "kept, because it has the same number of outputs (10); the weights contain no class names"),
     ],
     ids=["same", "another order", "one other class", "one class fewer", "no names"],

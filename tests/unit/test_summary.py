@@ -11,12 +11,12 @@ from PIL import Image
 
 from shards.commands.command_line import Index, Shard
 from shards.commands.inspect import Info
-from tests.support.sources import class_folders, encoded, jpeg, labelled_tar
+from tests.support.sources import class_folders, encoded, jpeg, labeled_tar
 
 
 def mixed(root: Path) -> Path:
-    class_folders(root / "train", {"cat [grey]": 3, "dog": 5, "[x]": 1})
-    class_folders(root / "val", {"cat [grey]": 2, "dog": 2}, first=50)
+    class_folders(root / "train", {"cat [gray]": 3, "dog": 5, "[x]": 1})
+    class_folders(root / "val", {"cat [gray]": 2, "dog": 2}, first=50)
     dog = root / "train" / "dog"
     for i in range(2):
         (dog / f"{i}.png").write_bytes(encoded(Image.open(dog / "0.jpg"), "PNG"))
@@ -64,7 +64,7 @@ def test_truncated_images_are_one_line_of_the_summary(tmp_path: Path, capsys: py
 
 
 def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tar = labelled_tar(
+    tar = labeled_tar(
         tmp_path / "a.tar", [0, 0, 2], {"x.json": b"{}", "7.png": encoded(Image.new("L", (9, 9)), "PNG"), "7.cls": b"0"}
     )
     assert Index((tar,), max_rejects=0.5, workers=1).run() == 0

@@ -11,7 +11,7 @@ from shards.images.accept import accept
 from shards.images.rules import ImageRules
 from shards.images.tiff import has_second_page
 
-FIRST, SECOND = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
+FIRST, SECOND = (Image.new("RGB", (40, 30), color) for color in ("red", "blue"))
 
 
 def tiff(*more: Image.Image, big: bool = False) -> bytes:

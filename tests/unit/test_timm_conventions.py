@@ -170,7 +170,7 @@ INDICES = st.none() | st.integers(1, 4) | st.lists(st.integers(-4, 3), min_size=
 def test_intermediates_are_the_selected_feature_maps(
     classifier: fat.FAT, indices: Any, norm: bool, stop_early: bool
 ) -> None:
-    """As in timm, they come finest first and at most once; only the last one can be normalised."""
+    """As in timm, they come finest first and at most once; only the last one can be normalized."""
     with torch.no_grad():
         x, found = classifier.forward_intermediates(images(), indices, norm=norm, stop_early=stop_early)
         only = classifier.forward_intermediates(

@@ -193,7 +193,7 @@ def test_create_model_and_load_model_warn_about_a_choice_among_models(tmp_path: 
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": under("module.", model.state_dict())}, path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = fat.load_model(path)  # the file has no config: FAT-B0 is recognised by its tensors
+        loaded = fat.load_model(path)  # the file has no config: FAT-B0 is recognized by its tensors
         fat.create_model("fat_b0", num_classes=7, weights=path)
     messages = [str(warning.message) for warning in caught]
     assert {warning.filename for warning in caught} == {__file__}

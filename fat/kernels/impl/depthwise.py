@@ -30,8 +30,8 @@ _GELU_GRADIENT = tl.constexpr(GELU_GRADIENT)
 UNEVEN, EVEN, WHOLE = 0, 1, 2
 _UNEVEN = tl.constexpr(UNEVEN)
 _WHOLE = tl.constexpr(WHOLE)
-# Only the number of channels determines the width of loads, so other sizes are not specialised on alignment. Numbers of
-# tiles are specialised if they are 1, because a tile as wide as the feature map needs fewer registers (130 instead of
+# Only the number of channels determines the width of loads, so other sizes are not specialized on alignment. Numbers of
+# tiles are specialized if they are 1, because a tile as wide as the feature map needs fewer registers (130 instead of
 # 186 for the 5x5 gate gradient).
 _TILES = ("row_tiles", "col_tiles", "channel_tiles")
 
@@ -243,7 +243,7 @@ def _blocks(
         tap = KERNEL * KERNEL - 1 - t if FLIP else t
         weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=mask, other=0.0)
         if RESIDUAL and t == KERNEL * KERNEL // 2:
-            weight += 1.0  # the centre weight adds x to the result
+            weight += 1.0  # the center weight adds x to the result
         weights = weights + (weight,)
     shift = tl.zeros((COLS, CHANNELS), tl.float32)
     if bias is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fat.kernels.impl import tiles
 
-# Sizes and loop counts that do not change the code. They are not specialised, so that all image sizes share a kernel.
+# Sizes and loop counts that do not change the code. They are not specialized, so that all image sizes share a kernel.
 _SIZES = [
     *("batch", "height", "width", "grad_height", "grad_width"),
     *("row_tiles", "col_tiles", "channel_tiles", "tiles_each", "rows_each"),

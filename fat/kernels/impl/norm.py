@@ -1,7 +1,7 @@
 """Triton kernels of GroupNorm with one group over channels-last feature maps, with a residual add before it.
 
 A sample is a contiguous row of H W C numbers. Its statistics are computed in two steps: each part of the row yields its
-count, mean and sum of squared deviations (in fp32, in two passes over registers), and the kernel that normalises merges
+count, mean and sum of squared deviations (in fp32, in two passes over registers), and the kernel that normalizes merges
 the parts. This avoids cancellation if deviations are small compared with the mean. The statistics are those of the
 stored, rounded values, which the backward pass reads too.
 """
@@ -45,7 +45,7 @@ def _add(x, branch, scale, out, stats, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("parts",))
-def _normalise(
+def _normalize(
     x,
     stats,
     weight,
@@ -104,7 +104,7 @@ def _sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute for each part of a sample the sums of gradient * normalised x and of gradient over its positions, per
+    """Compute for each part of a sample the sums of gradient * normalized x and of gradient over its positions, per
     channel (channel_sums), and over all channels with the gradient multiplied by weight (sample_sums)."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)
@@ -193,17 +193,17 @@ def add(
     return stats
 
 
-def normalise(
+def normalize(
     x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalise x into `out`, and return each sample's mean and reciprocal standard deviation, fp32 [B].
+    """Normalize x into `out`, and return each sample's mean and reciprocal standard deviation, fp32 [B].
 
     stats: partial statistics of x, as returned by `add`.
     """
     batch, channels, numel = x.shape[0], x.shape[1], x[0].numel()
     parts = stats.shape[1]
     mean, rstd = (x.new_empty(batch, dtype=torch.float32) for _ in range(2))
-    _normalise[(triton.cdiv(numel, tiles.FLAT), batch)](
+    _normalize[(triton.cdiv(numel, tiles.FLAT), batch)](
         x,
         stats,
         weight,

@@ -104,7 +104,7 @@ def _norm_relu_sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """out fp32 [parts, 2, channels]: the sums of grad_out and of grad_out * normalised x, where grad_out is the
+    """out fp32 [parts, 2, channels]: the sums of grad_out and of grad_out * normalized x, where grad_out is the
     gradient at positive results and 0 elsewhere."""
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

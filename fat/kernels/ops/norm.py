@@ -17,14 +17,14 @@ from fat.kernels.ops.depthwise import convolution_gradients
 @custom_op("fat::norm", mutates_args=())
 @launches(NORM)
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normalised x, its mean, fp32 [B], and its reciprocal standard deviation, fp32 [B]."""
+    """Return normalized x, its mean, fp32 [B], and its reciprocal standard deviation, fp32 [B]."""
     from fat.kernels.impl import norm as kernels
 
     check_feature_maps(x)
     stats = kernels.add(x, None, None, x, with_stats=True)
     assert stats is not None
     out = torch.empty_like(x)
-    return out, *kernels.normalise(x, stats, weight, bias, out, eps)
+    return out, *kernels.normalize(x, stats, weight, bias, out, eps)
 
 
 @norm.register_fake
@@ -72,7 +72,7 @@ def _(x: Tensor, scale: Tensor) -> Tensor:
 def add_norm(
     x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y = `add` of x and branch, and `norm` of y: (y, normalised y, mean, reciprocal standard deviation)."""
+    """Return y = `add` of x and branch, and `norm` of y: (y, normalized y, mean, reciprocal standard deviation)."""
     from fat.kernels.impl import norm as kernels
 
     check_feature_maps(x)
@@ -80,7 +80,7 @@ def add_norm(
     total, out = torch.empty_like(x), torch.empty_like(x)
     stats = kernels.add(x, branch, scale, total, with_stats=True)
     assert stats is not None
-    return total, out, *kernels.normalise(total, stats, weight, bias, out, eps)
+    return total, out, *kernels.normalize(total, stats, weight, bias, out, eps)
 
 
 @add_norm.register_fake
@@ -95,7 +95,7 @@ def _(
 def depthwise_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y = x + depthwise(x), and `norm` of y: (y, normalised y, mean, reciprocal standard deviation)."""
+    """Return y = x + depthwise(x), and `norm` of y: (y, normalized y, mean, reciprocal standard deviation)."""
     from fat.kernels.impl import norm as kernels
     from fat.kernels.impl.depthwise import convolve, tile_counts
 
@@ -105,7 +105,7 @@ def depthwise_norm(
     tiles, deep = tile_counts(weight, total)
     stats = x.new_empty(x.shape[0], tiles * deep, 3, dtype=torch.float32)
     convolve(x, weight, bias, total, residual=True, stats=stats)
-    return total, out, *kernels.normalise(total, stats, norm_weight, norm_bias, out, eps)
+    return total, out, *kernels.normalize(total, stats, norm_weight, norm_bias, out, eps)
 
 
 @depthwise_norm.register_fake

@@ -72,7 +72,7 @@ def compile_ahead(
     """Compile every kernel that `work` would launch and that is not in Triton's cache. Never raises an `Exception`.
 
     Call it on one rank per node, before any kernel is launched, while the other local ranks wait. Independent callers
-    are serialised by a lock in the cache folder, and the second one finds what the first one has compiled.
+    are serialized by a lock in the cache folder, and the second one finds what the first one has compiled.
 
     Args:
         work: functions that launch kernels: those of `fat.kernels.prefill.work`, or others that `record` accepts.

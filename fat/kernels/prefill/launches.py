@@ -32,7 +32,7 @@ _INTERCEPTING = threading.Lock()
 
 @dataclass(frozen=True)
 class Launch:
-    """The input of Triton's compiler for a launch: a kernel with the types and specialised values of its arguments."""
+    """The input of Triton's compiler for a launch: a kernel with the types and specialized values of its arguments."""
 
     module: str
     name: str

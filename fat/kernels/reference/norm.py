@@ -12,7 +12,7 @@ from fat.kernels.reference.precision import as_float32, as_map, per_channel, sca
 def norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, kernel_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _normalise(x, weight, bias, eps, kernel_out)
+    return _normalize(x, weight, bias, eps, kernel_out)
 
 
 def add(x: Tensor, branch: Tensor, scale: Tensor | None, *, kernel_out: Tensor | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def add_norm(
     kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = add(x, branch, scale, kernel_out=kernel_out)
-    return total, *_normalise(total if kernel_out is None else kernel_out, weight, bias, eps, kernel_out)
+    return total, *_normalize(total if kernel_out is None else kernel_out, weight, bias, eps, kernel_out)
 
 
 def depthwise_norm(
@@ -49,7 +49,7 @@ def depthwise_norm(
     kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = depthwise(x, weight, bias, 1, True, kernel_out=kernel_out)
-    return total, *_normalise(total if kernel_out is None else kernel_out, norm_weight, norm_bias, eps, kernel_out)
+    return total, *_normalize(total if kernel_out is None else kernel_out, norm_weight, norm_bias, eps, kernel_out)
 
 
 def norm_gradient(
@@ -83,7 +83,7 @@ def add_norm_gradient(
     return as_map(grad_x, x.dtype, kernel_out), grad_branch, as_float32(affine, kernel_out)
 
 
-def _normalise(
+def _normalize(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernel_out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = sum_dtype(kernel_out)

@@ -66,7 +66,7 @@ def norm_relu_gradient(
 def _norm_relu_parts(
     grad_out: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float, wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of ReLU's input, normalised x, and the reciprocal standard deviation."""
+    """Return the gradient of ReLU's input, normalized x, and the reciprocal standard deviation."""
     rstd = (var.to(wide) + eps).rsqrt()
     normal = (x.to(wide) - per_channel(mean.to(wide))) * per_channel(rstd)
     return grad_out.to(wide).masked_fill(result <= 0, 0.0), normal, rstd

@@ -19,7 +19,7 @@ DROP_SCALES = (0.0, 1.25)  # drop path factors of samples, alternating: every se
 
 # Operators with several results: each result's name, and the family that is at fault if it is wrong.
 RESULTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "depthwise_norm": (("output", CONVOLUTION), ("normalised output", NORM), ("mean", NORM), ("rstd", NORM)),
+    "depthwise_norm": (("output", CONVOLUTION), ("normalized output", NORM), ("mean", NORM), ("rstd", NORM)),
     "depthwise_stats": (("output", CONVOLUTION), ("mean", BATCH_NORM), ("variance", BATCH_NORM)),
     "depthwise_stats_gradient": (
         ("gradient of output", BATCH_NORM),
@@ -49,7 +49,7 @@ class Spec:
         return torch.Size(self.shape).numel()
 
     def empty(self) -> Tensor:
-        """Create an uninitialised CPU tensor."""
+        """Create an uninitialized CPU tensor."""
         layout = torch.channels_last if self.is_map else torch.contiguous_format
         return torch.empty(self.shape, dtype=self.dtype, memory_format=layout)
 
@@ -119,7 +119,7 @@ class Case:
         return Case(self.operator, tuple(map(changed, self.arguments)))
 
     def launch(self) -> tuple[Tensor, ...]:
-        """Call the operator on uninitialised CPU tensors, to record its kernel launches (`fat.kernels.prefill`)."""
+        """Call the operator on uninitialized CPU tensors, to record its kernel launches (`fat.kernels.prefill`)."""
         return _call(self._function, [a.empty() if isinstance(a, Spec) else a for a in self.arguments])
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:

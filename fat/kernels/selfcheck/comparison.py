@@ -57,11 +57,11 @@ class Check(Protocol):
         """
 
     def launch(self) -> object:
-        """Launch the kernels on uninitialised CPU tensors, to record the launches (`fat.kernels.prefill`)."""
+        """Launch the kernels on uninitialized CPU tensors, to record the launches (`fat.kernels.prefill`)."""
 
 
 def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
-    """Run the checks, and return the first failure of each family that fails. Synchronises the device after each check.
+    """Run the checks, and return the first failure of each family that fails. Synchronizes the device after each check.
 
     After a family has failed, all other checks that launch its kernels are skipped.
 
@@ -75,7 +75,7 @@ def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
                 continue
             try:
                 fault = check.compare(device)
-                _synchronise(device)  # raises asynchronous errors in the check that caused them
+                _synchronize(device)  # raises asynchronous errors in the check that caused them
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -111,7 +111,7 @@ def mismatch(actual: Tensor, expected: Tensor) -> str | None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill uninitialised memory with NaN, so that missing writes and premature reads are detected."""
+    """Fill uninitialized memory with NaN, so that missing writes and premature reads are detected."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -120,7 +120,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -128,7 +128,7 @@ def _synchronise(device: torch.device) -> None:
 def _check_device(device: torch.device, failure: Failure) -> None:
     """Raise KernelFault if the device is unusable after a failure."""
     try:
-        _synchronise(device)
+        _synchronize(device)
     except Exception as error:
         raise KernelFault(
             f"the {failure.family} kernels have made {device} unusable for this process ({failure})"

@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 
 
 class CpuAugment:
-    """Applies RandAugment, normalisation, random erasing and mixing to batches on the CPU.
+    """Applies RandAugment, normalization, random erasing and mixing to batches on the CPU.
 
     Args:
         recipe: the augmentation recipe.
@@ -38,7 +38,7 @@ class CpuAugment:
     def __init__(self, recipe: AugmentRecipe, quantiles: NDArray[np.float32], workers: Workers, *, flip: bool) -> None:
         self._size, self._flip, self._workers, self._quantiles = recipe.size, flip, workers, quantiles
         self._fill = np.array(recipe.fill, np.uint8)
-        self._normalisation = scale_and_offset(recipe.mean, recipe.std, recipe.size)
+        self._normalization = scale_and_offset(recipe.mean, recipe.std, recipe.size)
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None) -> Tensor:
         """Augment a batch like `BatchAugment`.
@@ -65,7 +65,7 @@ class CpuAugment:
             rows = slice(start, min(start + ROWS_PER_TASK, batch))
             finish(
                 self._apply(pixels, jobs, rows),
-                *self._normalisation,
+                *self._normalization,
                 *(array[rows] for array in erasing),
                 self._quantiles,
                 mixing is not None,

@@ -1,4 +1,4 @@
-"""Finish a batch in one pass: normalise, erase and mix, compiled by Numba.
+"""Finish a batch in one pass: normalize, erase and mix, compiled by Numba.
 
 The PyTorch modules `erase` and `mix` define the operations. The values are the same; only those of mixup differ by
 rounding, because PyTorch uses fused multiply-add. Both rows of a pair are read once, as bytes.
@@ -34,11 +34,11 @@ def finish(images, scale, offset, erase_boxes, erase_keys, quantiles, mixes, lam
         for y in range(images.shape[1] // values):
             line = slice(y * values, (y + 1) * values)
             if not mixes:
-                _normalise(images[row, line], scale, offset, out[row, line])
+                _normalize(images[row, line], scale, offset, out[row, line])
                 _erase(erase_boxes[row], erase_keys[row], quantiles, y, out[row, line])
                 continue
             for side in range(2):
-                _normalise(images[row + side, line], scale, offset, pair[side])
+                _normalize(images[row + side, line], scale, offset, pair[side])
                 _erase(erase_boxes[row + side], erase_keys[row + side], quantiles, y, pair[side])
             for side in range(2):
                 i, own, partner = row + side, pair[side], pair[1 - side]
@@ -49,7 +49,7 @@ def finish(images, scale, offset, erase_boxes, erase_keys, quantiles, mixes, lam
 
 
 @compiled
-def _normalise(pixels, scale, offset, out):
+def _normalize(pixels, scale, offset, out):
     for i in range(len(pixels)):
         out[i] = F(pixels[i]) * scale[i] + offset[i]
 

@@ -24,8 +24,8 @@ AUTO_CONTRAST, EQUALIZE, CONTRAST = int(Op.AUTO_CONTRAST), int(Op.EQUALIZE), int
 COLOR, SHARPNESS, ROTATE = int(Op.COLOR), int(Op.SHARPNESS), int(Op.ROTATE)
 SHEAR_X, TRANSLATE_X = int(Op.SHEAR_X), int(Op.TRANSLATE_X)
 SHEAR_Y, TRANSLATE_Y = int(Op.SHEAR_Y), int(Op.TRANSLATE_Y)
-BORDER = 2  # pixels around the padded image, so that the 4 x 4 neighbours of every sampled point exist
-BLOCK = 64  # pixels that are resampled together, whose neighbours fit into the L1 cache
+BORDER = 2  # pixels around the padded image, so that the 4 x 4 neighbors of every sampled point exist
+BLOCK = 64  # pixels that are resampled together, whose neighbors fit into the L1 cache
 
 
 @cached
@@ -40,7 +40,7 @@ def apply_ops(images, flips, first, ops, factors, maps, host_tables, fill, heigh
         factors: float32 [operations]: factors of the operations that blend.
         maps: float64 [operations, 6]: affine maps of the geometric operations.
         host_tables: uint8 [operations, 256]: tables of the operations whose table does not depend on the image.
-        fill: uint8 [3]: colour of the areas that geometric operations leave uncovered.
+        fill: uint8 [3]: color of the areas that geometric operations leave uncovered.
         scratch: uint8 [scratch_bytes(height, width)], aligned to 4 bytes.
         out: uint8, like `images`.
     """
@@ -57,7 +57,7 @@ def apply_ops(images, flips, first, ops, factors, maps, host_tables, fill, heigh
             target = other if (stop - i - 1) % 2 else out[row]
             op = ops[i]
             if op == COLOR:
-                _colour(image, factors[i], target)
+                _color(image, factors[i], target)
             elif op == SHARPNESS:
                 _sharpness(image, factors[i], height, width, target)
             elif op in (ROTATE, SHEAR_X, TRANSLATE_X, SHEAR_Y, TRANSLATE_Y):
@@ -167,13 +167,13 @@ def _contrast_table(image, factor, table):
 
 
 @compiled
-def _colour(image, factor, out):
+def _color(image, factor, out):
     for i in range(len(image) // 3):
         red, green, blue = image[3 * i], image[3 * i + 1], image[3 * i + 2]
-        grey = F(_luma(np.int32(red), np.int32(green), np.int32(blue)))
-        out[3 * i] = _byte((F(red) - grey) * factor + grey)
-        out[3 * i + 1] = _byte((F(green) - grey) * factor + grey)
-        out[3 * i + 2] = _byte((F(blue) - grey) * factor + grey)
+        gray = F(_luma(np.int32(red), np.int32(green), np.int32(blue)))
+        out[3 * i] = _byte((F(red) - gray) * factor + gray)
+        out[3 * i + 1] = _byte((F(green) - gray) * factor + gray)
+        out[3 * i + 2] = _byte((F(blue) - gray) * factor + gray)
 
 
 @compiled
@@ -202,18 +202,18 @@ def _resample(image, coefficients, along_x, along_y, fill, height, width, padded
     source_x, source_y = np.zeros(width), np.zeros(width)  # the sampled point of each pixel of a row
     t_x, t_y = np.empty(4 * width, np.float32), np.empty(4 * width, np.float32)
     column, row, first = np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.int32)
-    centres = np.empty(width)
+    centers = np.empty(width)
     for x in range(width):
-        column[x], centres[x] = x + BORDER, x + 0.5
+        column[x], centers[x] = x + BORDER, x + 0.5
     words = np.empty(16 * BLOCK, np.uint32)
     taps = words.view(np.uint8).reshape(16, 4 * BLOCK)
     rows, result = np.empty((4, 4 * BLOCK), np.float32), np.empty(4 * BLOCK, np.float32)
     clipped = np.empty(4 * BLOCK, np.uint8)
     for y in range(height):
         if along_x:
-            _locate(coefficients[:3], centres, y, source_x, column, t_x)
+            _locate(coefficients[:3], centers, y, source_x, column, t_x)
         if along_y:
-            _locate(coefficients[3:], centres, y, source_y, row, t_y)
+            _locate(coefficients[3:], centers, y, source_y, row, t_y)
         else:
             for x in range(width):
                 row[x] = y + BORDER
@@ -259,23 +259,23 @@ def _pad(image, height, width, padded):
 
 
 @compiled
-def _locate(coefficients, centres, y, source, first, t):
+def _locate(coefficients, centers, y, source, first, t):
     """Compute where the pixels of row y are sampled along one axis.
 
     The map is computed in float64 like in PIL, so that pixels on the edge are classified in the same way.
 
     Args:
         coefficients: float64 [3]: a, b and c of the map ax + by + c.
-        centres: float64 [width]: x of the pixels' centres.
+        centers: float64 [width]: x of the pixels' centers.
         y: the row.
         source: float64 [width], set to the coordinates.
-        first: int32 [width], set to the first of the four neighbours, in the padded image.
-        t: float32 [4 * width], set to the distance from the second neighbour, four times per pixel.
+        first: int32 [width], set to the first of the four neighbors, in the padded image.
+        t: float32 [4 * width], set to the distance from the second neighbor, four times per pixel.
     """
     a, b, c = coefficients[0], coefficients[1], coefficients[2]
     distance = np.empty(len(source), np.float32)
-    for x in range(len(source)):  # several short loops, because LLVM vectorises them better than one
-        source[x] = a * centres[x] + b * (y + 0.5) + c
+    for x in range(len(source)):  # several short loops, because LLVM vectorizes them better than one
+        source[x] = a * centers[x] + b * (y + 0.5) + c
     for x in range(len(source)):
         first[x] = np.int32(np.floor(source[x] - 0.5)) + BORDER - 1
     for x in range(len(source)):
@@ -308,15 +308,15 @@ def _consecutive(first):
 
 
 @compiled
-def _fill(line, colour):
+def _fill(line, color):
     for pixel in range(len(line) // 3):
         for channel in range(3):
-            line[3 * pixel + channel] = colour[channel]
+            line[3 * pixel + channel] = color[channel]
 
 
 @compiled
 def _gather(padded, first, step, rows, stride, words):
-    """Copy four neighbours of each pixel, `step` pixels apart, in one or four rows, to uint32 [rows * 4, BLOCK]."""
+    """Copy four neighbors of each pixel, `step` pixels apart, in one or four rows, to uint32 [rows * 4, BLOCK]."""
     pixels = padded.view(np.uint32)
     for tap in range(4 * rows):
         source, to = pixels[tap // 4 * stride + tap % 4 * step :], words[tap * BLOCK : (tap + 1) * BLOCK]

@@ -22,9 +22,9 @@ def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -
     return [arguments.astype(np.float32)]
 
 
-def colour(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
-    """Blend with the grey image: less colour below factor 1, more above. uint8 [n, H, W, 3] -> uint8 [n, H, W, 3]."""
-    return by_block(_colour, images, *tensors)
+def color(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+    """Blend with the gray image: less color below factor 1, more above. uint8 [n, H, W, 3] -> uint8 [n, H, W, 3]."""
+    return by_block(_color, images, *tensors)
 
 
 def sharpness(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
@@ -35,9 +35,9 @@ def sharpness(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, i
     return by_block(_sharpness, images, *tensors)
 
 
-def _colour(images: Tensor, factors: Tensor) -> Tensor:
-    grey = luma(images).to(torch.float32)[..., None].expand(images.shape)
-    return _blend(grey.contiguous(), images, factors)
+def _color(images: Tensor, factors: Tensor) -> Tensor:
+    gray = luma(images).to(torch.float32)[..., None].expand(images.shape)
+    return _blend(gray.contiguous(), images, factors)
 
 
 def _sharpness(images: Tensor, factors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random erasing: fill boxes of the normalised batch with normal noise, a hash of the sample's key and the pixel."""
+"""Random erasing: fill boxes of the normalized batch with normal noise, a hash of the sample's key and the pixel."""
 
 from __future__ import annotations
 

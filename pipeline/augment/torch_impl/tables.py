@@ -117,7 +117,7 @@ def auto_contrast_tables(images: Tensor) -> Tensor:
 
 
 def equalize_tables(images: Tensor) -> Tensor:
-    """Compute tables that equalise the histogram of each channel, in PIL's integer arithmetic, uint8 [n, 3, 256]."""
+    """Compute tables that equalize the histogram of each channel, in PIL's integer arithmetic, uint8 [n, 3, 256]."""
     counts = _histograms(images)
     _, high = _extremes(images)
     last = counts.gather(2, high.to(torch.int64)[..., None])

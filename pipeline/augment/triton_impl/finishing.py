@@ -1,4 +1,4 @@
-"""Triton kernel that finishes a batch: normalise, erase, mix and cast to the model's dtype in one pass.
+"""Triton kernel that finishes a batch: normalize, erase, mix and cast to the model's dtype in one pass.
 
 The same in plain PyTorch takes about ten passes in fp32. A program reads both rows of a pair once, as bytes, and writes
 both results.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import rng
 from pipeline.augment.params import MixParams, SampleParams
-from pipeline.augment.recipe import Colour, scale_and_offset
+from pipeline.augment.recipe import Color, scale_and_offset
 from pipeline.augment.torch_impl.mix import check_pairs
 from pipeline.augment.transfer import upload
 
@@ -75,7 +75,7 @@ def _finish(
 
 @triton.jit
 def _erased(images, boxes, keys, quantiles, row, at, mask, channel, y, x, scale, offset, numel):
-    """Load values of a sample, normalise them and fill its erase box with noise.
+    """Load values of a sample, normalize them and fill its erase box with noise.
 
     The noise is standard normal: the sample's key and the pixel's index in the box are hashed, and 16 bits of the hash
     per channel are the index into the table `quantiles`.
@@ -112,11 +112,11 @@ def finish(
     params: SampleParams,
     mixing: MixParams | None,
     quantiles: Tensor,
-    mean: Colour,
-    std: Colour,
+    mean: Color,
+    std: Color,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Normalise, erase and mix a batch, like `normalise`, `Eraser` and `mix`, but with a single rounding at the end.
+    """Normalize, erase and mix a batch, like `normalize`, `Eraser` and `mix`, but with a single rounding at the end.
 
     Args:
         images: uint8 [B, H, W, 3], contiguous; B is even if rows are mixed.

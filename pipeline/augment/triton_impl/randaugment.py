@@ -18,7 +18,7 @@ from pipeline.augment.torch_impl import blend, tables
 from pipeline.augment.transfer import upload
 from pipeline.augment.triton_impl import passes
 
-TILE, PART, WARPS = 2048, 128, 4  # pixels per program of `_apply`, and per iteration if an operation reads neighbours
+TILE, PART, WARPS = 2048, 128, 4  # pixels per program of `_apply`, and per iteration if an operation reads neighbors
 BLOCK, HISTOGRAM_WARPS = 4096, 16  # pixels per iteration of `_histogram_tables`
 CHANNELS = tl.constexpr(3)
 JOB, MAP = tl.constexpr(4), tl.constexpr(6)  # columns of `OpPass.jobs` and `OpPass.numbers`
@@ -116,8 +116,8 @@ def _apply(
                 red, green, blue = _pixel(image, y * width + (width - 1 - x), mask)
             elif code == COLOR:
                 red, green, blue = _pixel(image, at, mask)
-                grey, factor = _luma(red, green, blue).to(tl.float32), tl.load(own).to(tl.float32)
-                red, green, blue = _blend(grey, red, factor), _blend(grey, green, factor), _blend(grey, blue, factor)
+                gray, factor = _luma(red, green, blue).to(tl.float32), tl.load(own).to(tl.float32)
+                red, green, blue = _blend(gray, red, factor), _blend(gray, green, factor), _blend(gray, blue, factor)
             elif code == SHARPNESS:
                 red, green, blue = _sharpness(image, at, mask, x, y, width, height, tl.load(own).to(tl.float32))
             else:
@@ -169,8 +169,8 @@ def _sharpness(image, at, mask, x, y, width, height, factor):
     reds, greens, blues = red * (MIDDLE - 1), green * (MIDDLE - 1), blue * (MIDDLE - 1)
     for down in tl.static_range(-1, 2):
         for right in tl.static_range(-1, 2):
-            neighbour = _pixel(image, at + down * width + right, inner)
-            reds, greens, blues = reds + neighbour[0], greens + neighbour[1], blues + neighbour[2]
+            neighbor = _pixel(image, at + down * width + right, inner)
+            reds, greens, blues = reds + neighbor[0], greens + neighbor[1], blues + neighbor[2]
     return (
         _blend_smooth(red, reds, inner, factor),
         _blend_smooth(green, greens, inner, factor),
@@ -191,15 +191,15 @@ def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, 
 
     The map is computed in float64, like in PIL, so that pixels on the edge are classified in the same way.
     """
-    centre_x, centre_y = x.to(tl.float64) + 0.5, y.to(tl.float64) + 0.5
+    center_x, center_y = x.to(tl.float64) + 0.5, y.to(tl.float64) + 0.5
     inside, fraction_x, fraction_y = mask, 0.0, 0.0
     if ALONG_X:
         a, b, c = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
-        within, x, fraction_x = _locate(a * centre_x + b * centre_y + c, width)
+        within, x, fraction_x = _locate(a * center_x + b * center_y + c, width)
         inside = inside & within
     if ALONG_Y:
         d, e, f = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
-        within, y, fraction_y = _locate(d * centre_x + e * centre_y + f, height)
+        within, y, fraction_y = _locate(d * center_x + e * center_y + f, height)
         inside = inside & within
         r1, g1, b1 = _row(image, y - 1, x, fraction_x, inside, width, height, ALONG_X)
         r2, g2, b2 = _row(image, y, x, fraction_x, inside, width, height, ALONG_X)
@@ -214,7 +214,7 @@ def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, 
 
 @triton.jit
 def _locate(source, size):
-    """Return whether a coordinate is in the image, the second of its four neighbours, and its distance from it."""
+    """Return whether a coordinate is in the image, the second of its four neighbors, and its distance from it."""
     before = tl.floor(source - 0.5)
     return (source >= 0) & (source < size), before.to(tl.int32), (source - 0.5 - before).to(tl.float32)
 
@@ -223,7 +223,7 @@ def _locate(source, size):
 def _row(image, y, x, fraction, inside, width, height, ALONG_X: tl.constexpr):
     """Load red, green and blue (float32) in row y at x, or interpolate at x + fraction if ALONG_X.
 
-    Neighbours are clamped to the image.
+    Neighbors are clamped to the image.
     """
     first = tl.minimum(tl.maximum(y, 0), height - 1) * width
     red, green, blue = _pixel(image, first + tl.minimum(tl.maximum(x, 0), width - 1), inside)

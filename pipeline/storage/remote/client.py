@@ -231,7 +231,7 @@ class Retries:
             ) from error
         level = logging.WARNING if self._remote._retrying.due() else logging.INFO
         log.log(level, "%s: %s; retrying for up to %.0f s", self._where, reason, RETRY_SECONDS - spent)
-        # Randomised, so that the ranks of a job do not all repeat their requests at the same time.
+        # Randomized, so that the ranks of a job do not all repeat their requests at the same time.
         pause = min(self._pause * random.uniform(0.5, 1.0), RETRY_SECONDS - spent)
         if self._remote._interrupted.wait(pause):
             raise Interrupted from error

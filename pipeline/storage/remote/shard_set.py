@@ -123,7 +123,7 @@ class RemoteSet(ShardSet):
 
 
 def set_folder(url: str, digest: str) -> str:
-    """Return the name of a set's folder in the cache: the last component of its URL, sanitised, and a digest.
+    """Return the name of a set's folder in the cache: the last component of its URL, sanitized, and a digest.
 
     Args:
         digest: hash of the manifest, 16 hex digits.

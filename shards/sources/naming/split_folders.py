@@ -17,7 +17,7 @@ from shards.sources.walk import METADATA, FolderContents, count_files, list_fold
 
 MAX_WRAPPERS = 4
 """Maximum number of wrapper folders around the class folders or split folders."""
-_UNLABELLED = "test images without labels"
+_UNLABELED = "test images without labels"
 
 
 @dataclass
@@ -161,9 +161,9 @@ def _count_unlabeled_test(found: SplitFolders, root: Path, source: Path) -> None
         found.unused.add("not an image", below + name)
     for name in contents.folders:
         path = root / os.fsdecode(name)
-        found.unused.add(_UNLABELLED, below + name, kind=os.fsdecode(name), count=count_files(path))
+        found.unused.add(_UNLABELED, below + name, kind=os.fsdecode(name), count=count_files(path))
     if contents.images:
-        found.unused.add(_UNLABELLED, below + contents.images[0], count=len(contents.images))
+        found.unused.add(_UNLABELED, below + contents.images[0], count=len(contents.images))
     found.warnings.append(f"{root}: not used, because its images have no labels: it has no folders of training classes")
 
 

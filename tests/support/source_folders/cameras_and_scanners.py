@@ -11,13 +11,13 @@ BROWN, BLUE, PAPER, BLACK = (150, 90, 40), (60, 60, 160), (200, 200, 180), (2, 2
 CYAN, RED = (255, 0, 0, 0), (0, 255, 255, 0)
 
 
-@source(train=10, classes=("Minka", "Rex"), messages=(".mov", ".aae"), colours={"Rex": BROWN, "Minka": BLUE})
+@source(train=10, classes=("Minka", "Rex"), messages=(".mov", ".aae"), colors={"Rex": BROWN, "Minka": BLUE})
 def iphone_export(root: Path) -> None:
     """HEIC photos with the videos of live photos and lists of edits, edited copies, and a screenshot."""
-    for pet, colour in (("Rex", BROWN), ("Minka", BLUE)):
-        put_images(root, f"{pet}/IMG_000{{1,2}}.HEIC", images.heic(colour))
-        put_images(root, f"{pet}/IMG_{{0003,E0003}}.JPG", images.coloured(colour))
-        put_images(root, f"{pet}/IMG_0004.PNG", images.in_format("PNG", colour))
+    for pet, color in (("Rex", BROWN), ("Minka", BLUE)):
+        put_images(root, f"{pet}/IMG_000{{1,2}}.HEIC", images.heic(color))
+        put_images(root, f"{pet}/IMG_{{0003,E0003}}.JPG", images.colored(color))
+        put_images(root, f"{pet}/IMG_0004.PNG", images.in_format("PNG", color))
         put_files(root, f"{pet}/IMG_000{{1,2}}.MOV", images.film())
         put_files(root, f"{pet}/IMG_0003.AAE", "<plist/>")
 
@@ -34,22 +34,22 @@ def android_camera_folders(root: Path) -> None:
     put_files(root, "{boletus,chanterelle}/.nomedia", b"")
 
 
-@source(train=10, classes=("invoice", "letter"), messages=(".pdf", "page|frame"), colours={"letter": PAPER})
+@source(train=10, classes=("invoice", "letter"), messages=(".pdf", "page|frame"), colors={"letter": PAPER})
 def scanner_tiffs(root: Path) -> None:
     """TIFFs with several pages, of which only the first is used; 1-bit fax pages; 16-bit images; a PDF."""
     put_images(root, "letter/Scan_000{1,2,3}.tif", images.pages(PAPER, BLACK, BLACK))
     put_images(root, "letter/Scan (1).TIFF", images.in_format("TIFF", PAPER, compression="jpeg", quality=90))
     put_images(root, "invoice/fax{1,2}.tif", images.bilevel)
-    put_images(root, "invoice/grey{1,2}.tiff", images.deep("TIFF", 65535))
-    put_images(root, "invoice/colour{1,2}.tif", images.in_format("TIFF", PAPER, compression="tiff_deflate"))
+    put_images(root, "invoice/gray{1,2}.tiff", images.deep("TIFF", 65535))
+    put_images(root, "invoice/color{1,2}.tif", images.in_format("TIFF", PAPER, compression="tiff_deflate"))
     put_files(root, "invoice/scan.pdf", "%PDF-1.4")
 
 
 @source(
     train=6,
     classes=("flyer", "poster"),
-    colours={"poster": (254, 0, 0), "flyer": images.on_screen(CYAN)},
-    colours_unless="icc|profile",
+    colors={"poster": (254, 0, 0), "flyer": images.on_screen(CYAN)},
+    colors_unless="icc|profile",
 )
 def print_shop_cmyk(root: Path) -> None:
     """Inverted CMYK JPEGs from Photoshop, some with the ICC profile of the press."""
@@ -61,8 +61,8 @@ def print_shop_cmyk(root: Path) -> None:
     train=8,
     classes=("benign", "malignant"),
     messages=(".dcm",),
-    colours={"benign": (127,) * 3, "malignant": (127,) * 3},
-    colours_unless="bits|depth",
+    colors={"benign": (127,) * 3, "malignant": (127,) * 3},
+    colors_unless="bits|depth",
 )
 def medical_12_bits_in_16(root: Path) -> None:
     """X-rays as 16-bit PNG and TIFF that use 12 bits, next to their DICOM files."""
@@ -81,8 +81,8 @@ def only_medical_dicom(root: Path) -> None:
     train=8,
     classes=("control", "treated"),
     messages=(".czi", ".roi"),
-    colours={"control": (127,) * 3, "treated": (127,) * 3},
-    colours_unless="float|value range",
+    colors={"control": (127,) * 3, "treated": (127,) * 3},
+    colors_unless="float|value range",
 )
 def microscope_float_tiffs(root: Path) -> None:
     """ImageJ's TIFFs of float32 from 0 to 1 and of 16 bits, next to files of the microscope."""
@@ -112,7 +112,7 @@ def only_camera_raw(root: Path) -> None:
 def video_frames_mostly_black(root: Path) -> None:
     """Half of the images are black."""
     put_images(root, "day/frame_000{1,2,3,4,5}.jpg")
-    put_images(root, "night/frame_000{1,2,3,4,5}.jpg", images.coloured((0, 0, 0)))
+    put_images(root, "night/frame_000{1,2,3,4,5}.jpg", images.colored((0, 0, 0)))
 
 
 @source(error=(".avi",))

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 WIDTH, HEIGHT = 48, 40
-GREY = (120, 120, 120)
+GRAY = (120, 120, 120)
 
 
-def noise(seed: int, colour: tuple[int, int, int] = GREY, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Return an RGB image of two tones and noise, whose mean is `colour`."""
-    mean = np.array(colour)
+def noise(seed: int, color: tuple[int, int, int] = GRAY, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+    """Return an RGB image of two tones and noise, whose mean is `color`."""
+    mean = np.array(color)
     grain = np.random.default_rng(seed).integers(-12, 13, (size[1], size[0], 1))
     tone = np.minimum(30, np.minimum(mean, 255 - mean))
     side = np.where(np.arange(size[0]) < size[0] // 2, 1, -1)[:, None]
@@ -32,9 +32,9 @@ def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
     return out.getvalue()
 
 
-def in_format(kind: str, colour: tuple[int, int, int] = GREY, **how: Any) -> Callable[[int], bytes]:
+def in_format(kind: str, color: tuple[int, int, int] = GRAY, **how: Any) -> Callable[[int], bytes]:
     """Return an encoder, seed -> file, for a format of Pillow."""
-    return lambda seed: encoded(noise(seed, colour), kind, **how)
+    return lambda seed: encoded(noise(seed, color), kind, **how)
 
 
 def jpeg(seed: int) -> bytes:
@@ -45,37 +45,37 @@ def one_pixel_gif(seed: int) -> bytes:
     return encoded(noise(seed, size=(1, 1)), "GIF")
 
 
-def coloured(colour: tuple[int, int, int]) -> Callable[[int], bytes]:
-    return in_format("JPEG", colour)
+def colored(color: tuple[int, int, int]) -> Callable[[int], bytes]:
+    return in_format("JPEG", color)
 
 
-def heic(colour: tuple[int, int, int]) -> Callable[[int], bytes]:
+def heic(color: tuple[int, int, int]) -> Callable[[int], bytes]:
     """Return an encoder of HEIC photos like those of iPhones."""
     from pillow_heif import from_pillow
 
     def encode(seed: int) -> bytes:
         out = io.BytesIO()
-        from_pillow(noise(seed, colour, (64, 48))).save(out, quality=90)
+        from_pillow(noise(seed, color, (64, 48))).save(out, quality=90)
         return out.getvalue()
 
     return encode
 
 
-def pages(*colours: tuple[int, int, int]) -> Callable[[int], bytes]:
-    """Return an encoder of a TIFF with one page per colour."""
+def pages(*colors: tuple[int, int, int]) -> Callable[[int], bytes]:
+    """Return an encoder of a TIFF with one page per color."""
 
     def encode(seed: int) -> bytes:
-        first, *others = [noise(seed + i, colour) for i, colour in enumerate(colours)]
+        first, *others = [noise(seed + i, color) for i, color in enumerate(colors)]
         return encoded(first, "TIFF", save_all=True, append_images=others, compression="tiff_lzw")
 
     return encode
 
 
-def animated(kind: str, *colours: tuple[int, int, int]) -> Callable[[int], bytes]:
-    """Return an encoder of an animation (GIF, WEBP, or PNG) with one frame per colour."""
+def animated(kind: str, *colors: tuple[int, int, int]) -> Callable[[int], bytes]:
+    """Return an encoder of an animation (GIF, WEBP, or PNG) with one frame per color."""
 
     def encode(seed: int) -> bytes:
-        first, *others = [noise(seed + i, colour) for i, colour in enumerate(colours)]
+        first, *others = [noise(seed + i, color) for i, color in enumerate(colors)]
         return encoded(first, kind, save_all=True, append_images=others, duration=100, loop=0)
 
     return encode
@@ -88,7 +88,7 @@ def ramp(top: int, seed: int) -> NDArray[np.int64]:
 
 
 def deep(kind: str, top: int) -> Callable[[int], bytes]:
-    """Return an encoder of 16-bit greyscale images with values up to `top`."""
+    """Return an encoder of 16-bit grayscale images with values up to `top`."""
     return lambda seed: encoded(Image.fromarray(ramp(top, seed).astype(np.uint16)), kind)
 
 
@@ -165,7 +165,7 @@ def press_profile() -> bytes:
 
 
 def on_screen(inks: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """Return the sRGB colour of inks with `press_profile`."""
+    """Return the sRGB color of inks with `press_profile`."""
     press = ImageCms.ImageCmsProfile(io.BytesIO(press_profile()))
     shown = ImageCms.profileToProfile(
         Image.new("CMYK", (1, 1), inks), press, ImageCms.createProfile("sRGB"), outputMode="RGB"

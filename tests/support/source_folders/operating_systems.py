@@ -166,14 +166,14 @@ def links_to_a_pool(root: Path) -> None:
     (root / "dog").symlink_to(root / "../pool/dog")
 
 
-@source(train=6, classes=("dialog", "menu"), colours={"dialog": (227, 127, 127), "menu": (227, 127, 127)})
+@source(train=6, classes=("dialog", "menu"), colors={"dialog": (227, 127, 127), "menu": (227, 127, 127)})
 def screenshots_with_alpha(root: Path) -> None:
-    """Transparent pixels are white, regardless of their stored colour."""
+    """Transparent pixels are white, regardless of their stored color."""
     put_images(root, "{dialog,menu}/Screenshot 2023-09-01 at 11.0{1,2,3}.png", images.cut_out)
 
 
 @source(
-    train=9, classes=("laugh", "wave", "wink"), colours={name: (200, 120, 40) for name in ("laugh", "wave", "wink")}
+    train=9, classes=("laugh", "wave", "wink"), colors={name: (200, 120, 40) for name in ("laugh", "wave", "wink")}
 )
 def animated_stickers(root: Path) -> None:
     """Animated GIF, WebP, and PNG: the first frame is used."""

@@ -15,11 +15,11 @@ from tests.support.source_folders.source import put_files, put_images, source
     options=("--max-rejects", "0.5"),
 )
 def microsoft_cats_and_dogs(root: Path) -> None:
-    """A wrapper folder next to a licence file; images 666 and 11702 are known to be damaged."""
+    """A wrapper folder next to a license file; images 666 and 11702 are known to be damaged."""
     put_images(root, "PetImages/{Cat,Dog}/{0,1}.jpg")
     put_files(root, "PetImages/{Cat/666,Dog/11702}.jpg", b"")
     put_files(root, "PetImages/{Cat,Dog}/Thumbs.db", bytes(100))
-    put_files(root, "{MSR-LA - 3467.docx,readme[1].txt}", "licence")
+    put_files(root, "{MSR-LA - 3467.docx,readme[1].txt}", "license")
 
 
 @source(
@@ -30,7 +30,7 @@ def microsoft_cats_and_dogs(root: Path) -> None:
     error=("test-multiple_fruits",),
 )
 def fruits_360(root: Path) -> None:
-    """In addition to Training/ and Test/, there is a folder of unlabelled images also named like a test split."""
+    """In addition to Training/ and Test/, there is a folder of unlabeled images also named like a test split."""
     put_images(root, "fruits-360/Training/{Apple 10,Apple Braeburn}/{0,1,2}_100.jpg")
     put_images(root, "fruits-360/Test/{Apple 10,Apple Braeburn}/3_100.jpg")
     put_images(root, "fruits-360/test-multiple_fruits/{apple,pear}.jpg")

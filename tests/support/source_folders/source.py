@@ -10,7 +10,7 @@ from zlib import crc32
 
 from tests.support.source_folders.images import jpeg
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 SOURCES: list[Source] = []
 """All sources, in the order of definition."""
 
@@ -39,10 +39,10 @@ class Source:
     """Exit status with the error: 2 for an invalid source, 1 for too many rejects."""
     rejected_by_strict: bool
     """Whether --strict must reject the source."""
-    colours: dict[str, Colour]
-    """Class -> mean colour of each of its images."""
-    colours_unless: str
-    """Text; colours may differ if the output contains it."""
+    colors: dict[str, Color]
+    """Class -> mean color of each of its images."""
+    colors_unless: str
+    """Text; colors may differ if the output contains it."""
     options: tuple[str, ...]
     """Command-line options."""
     label_files: int
@@ -63,8 +63,8 @@ def source(
     error: tuple[str, ...] | None = None,
     status: int = 2,
     rejected_by_strict: bool = False,
-    colours: dict[str, Colour] | None = None,
-    colours_unless: str = "",
+    colors: dict[str, Color] | None = None,
+    colors_unless: str = "",
     options: tuple[str, ...] = (),
     label_files: int = 0,
     counts_files: bool = True,
@@ -86,8 +86,8 @@ def source(
                 error=error,
                 status=status,
                 rejected_by_strict=rejected_by_strict,
-                colours=colours or {},
-                colours_unless=colours_unless,
+                colors=colors or {},
+                colors_unless=colors_unless,
                 options=options,
                 label_files=label_files,
                 counts_files=counts_files,

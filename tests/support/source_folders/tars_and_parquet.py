@@ -72,7 +72,7 @@ def hugging_face_converted(root: Path) -> None:
     error=("test-00000", "-1"),
     counts_files=False,
 )
-def hugging_face_unlabelled_test(root: Path) -> None:
+def hugging_face_unlabeled_test(root: Path) -> None:
     """Withheld labels are -1, which must neither become a class nor cause a traceback."""
     parquet(root, "data/train-00000-of-00001.parquet", [0, 1, 0, 1], ["cat", "dog"])
     parquet(root, "data/test-00000-of-00001.parquet", [-1, -1], ["cat", "dog"])
