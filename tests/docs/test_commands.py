@@ -16,9 +16,12 @@ OPTIONS: dict[str, set[str]] = {
     "launch/train.py": {"--recipe"} | {row.flag for _, kind in sections(Recipe) for row in options(kind)},
     **{command: {row.flag for row in options(kind)} for command, kind in COMMAND_CLASSES.items()},
 }
-# Pages whose commands only `make test-all` runs: unit tests export, fuse and count the models, train detectors and
-# segmentation models, and log to the trackers.
-SLOW_PAGES = ("model", "dense-prediction", "trackers")
+# Pages whose commands only `make test-all` runs, because other tests do the same in less time: export, fuse and count
+# the models, train other models, fine-tune, distil, profile, select data, and log to the trackers.
+SLOW_PAGES = (
+    *("data-selection", "dense-prediction", "distillation", "fine-tuning", "imagenet", "model", "other-models"),
+    *("performance", "profiling", "trackers"),
+)
 NEEDS_VISION_LIBRARIES = ("dense-prediction",)
 
 
