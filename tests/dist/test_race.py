@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.launching import lines, run
 from tests.support.runs import ranks_of, spawn, status, wait_for_step
 
@@ -25,6 +27,7 @@ def results(out: Path) -> list[dict[str, Any]]:
     return json.loads((out / "race.json").read_text())["results"]
 
 
+@pytest.mark.slow
 def test_a_race_trains_each_seed_until_the_accuracy_and_skips_finished_seeds(tmp_path: Path, digits: Path) -> None:
     out = tmp_path / "race"
 

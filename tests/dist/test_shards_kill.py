@@ -98,6 +98,7 @@ def test_killed_at_random_moments_and_resumed(
     kill_campaign(photos, tmp_path, reference, kills=10)
 
 
+@pytest.mark.slow
 def test_a_conversion_to_pixels_is_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
     options = ("--pixels", "--short-side", "200")
     started = time.monotonic()

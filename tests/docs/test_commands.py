@@ -17,10 +17,11 @@ OPTIONS: dict[str, set[str]] = {
     **{command: {row.flag for row in options(kind)} for command, kind in COMMAND_CLASSES.items()},
 }
 # Pages whose commands only `make test-all` runs, because other tests do the same in less time: export, fuse and count
-# the models, train other models, fine-tune, distil, profile, select data, and log to the trackers.
+# the models, train other models, fine-tune, distil, profile, report, select data, and log to the trackers.
 SLOW_PAGES = (
-    *("data-selection", "dense-prediction", "distillation", "fine-tuning", "imagenet", "model", "other-models"),
-    *("performance", "profiling", "trackers"),
+    *("data-selection", "dense-prediction", "distillation", "fast-input", "fine-tuning", "imagenet", "loaders"),
+    *("migrating", "model", "other-models", "performance", "profiling", "progressive-resizing", "report"),
+    "trackers",
 )
 NEEDS_VISION_LIBRARIES = ("dense-prediction",)
 
