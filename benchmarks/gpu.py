@@ -7,6 +7,8 @@ Profiles (their parts are defined in `benchmarks/gpu_run/parts.py`):
   contact  every test and a first timing of each kind, about 230 s; tests run in parallel
   measure  further timings, one at a time, the most important first, about 360 s
   sweep    launch configurations of the depthwise kernels, 70 s
+  short-recipes
+           stored pixels, and a training at three image sizes, 110 s
   peers    other models under torch.compile, 70 s each
 
 To use a machine that is available for 15 minutes and limits a command to 10 minutes, run two commands:

@@ -50,7 +50,8 @@ from launch.cli import main as pipeline
 FULL, PIXELS = "ours, DALI, fat", "ours, pixels"
 OTHER_WORK = (FULL, PIXELS)
 """Rows that augment more, or do not decode JPEGs."""
-WARM_UP = 48 * BATCH  # until the pools of buffers grow no more: first use of memory takes longer than the work on it
+# Until the pools of buffers have stopped growing: the first use of a buffer takes longer than to resize pixels into it.
+WARM_UP = 48 * BATCH
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from shards.format.dataset import ShardSet
 
 BATCH, SIZE, SHORT_SIDE = 64, 224, 256
 CACHE_GIB = 8.0
-WARM_UP = 48 * BATCH  # until the pools of buffers grow no more: first use of memory takes longer than the work on it
+# Until the pools of buffers have stopped growing: the first use of a buffer takes longer than to resize pixels into it.
+WARM_UP = 48 * BATCH
 MANY_EPOCHS = 1000
 SETS = {
     "jpeg": (),

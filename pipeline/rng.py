@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 U64 = NDArray[np.uint64]
 
 # Constants of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-GOLDEN, MIX1, MIX2 = map(np.uint64, (_GOLDEN, _MIX1, _MIX2))
-_27, _30, _31 = map(np.uint64, (27, 30, 31))
+INCREMENT, FACTOR1, FACTOR2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+SHIFT1, SHIFT2, SHIFT3 = 30, 27, 31
+# The same for arrays, because NumPy takes longer to convert a Python integer than to compute with it.
+GOLDEN, MIX1, MIX2 = map(np.uint64, (INCREMENT, FACTOR1, FACTOR2))
+_RIGHT1, _RIGHT2, _RIGHT3 = map(np.uint64, (SHIFT1, SHIFT2, SHIFT3))
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -54,9 +56,9 @@ def mix64(x: U64) -> U64:
 
     The caller suppresses NumPy's overflow warnings; doing so here would cost as much as the arithmetic.
     """
-    x = (x ^ (x >> _30)) * MIX1
-    x = (x ^ (x >> _27)) * MIX2
-    return x ^ (x >> _31)
+    x = (x ^ (x >> _RIGHT1)) * MIX1
+    x = (x ^ (x >> _RIGHT2)) * MIX2
+    return x ^ (x >> _RIGHT3)
 
 
 def bits(stream: Stream, *key: ArrayLike) -> U64:
@@ -74,7 +76,7 @@ def bits(stream: Stream, *key: ArrayLike) -> U64:
     # Python's integers need a tenth of the time of arrays of one element.
     while at < len(key) and isinstance(word := key[at], int):
         state, at = _mix_int(state ^ (word & _MASK)), at + 1
-    return extend(np.asarray(state, dtype=np.uint64), *key[at:])
+    return extend(np.asarray(state, dtype=np.uint64)[()], *key[at:])
 
 
 def extend(state: U64, *key: ArrayLike) -> U64:
@@ -87,10 +89,10 @@ def extend(state: U64, *key: ArrayLike) -> U64:
 
 def _mix_int(x: int) -> int:
     """Return mix64(x + GOLDEN) of one integer in 0 to 2^64 - 1."""
-    x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * _MIX1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX2) & _MASK
-    return x ^ (x >> 31)
+    x = (x + INCREMENT) & _MASK
+    x = ((x ^ (x >> SHIFT1)) * FACTOR1) & _MASK
+    x = ((x ^ (x >> SHIFT2)) * FACTOR2) & _MASK
+    return x ^ (x >> SHIFT3)
 
 
 def uniform(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:

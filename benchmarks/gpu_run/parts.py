@@ -2,8 +2,8 @@
 
 `contact` runs everything once: first tests in parallel, then timed parts one at a time. `measure` has only timed parts,
 the most important first. Both together are expected to take at most `BUDGET` seconds. `sweep` (launch configurations),
-`short` (stored pixels and progressive resizing) and `peers` (other models under torch.compile, a minute each) are for
-additional time.
+`short-recipes` (stored pixels, progressive resizing) and `peers` (other models under torch.compile, a minute each) are
+for additional time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / ".kit"  # folder of packages and compiled kernels for machines without access to a package index
-PROFILES = ("contact", "measure", "sweep", "short", "peers")
+PROFILES = ("contact", "measure", "sweep", "short-recipes", "peers")
 BUDGET = 590.0  # seconds for `contact` and `measure` together
 LIMIT = 2.0  # time limit of a part, as a multiple of its expected time
 LEAST_LIMIT = 30.0  # minimum time limit in seconds: a cold disk or driver delays short parts by more than LIMIT allows
@@ -71,7 +71,7 @@ class Part:
 
 def parts() -> list[Part]:
     """Return all parts in order."""
-    return [*contact(), *measure(), *sweep(), *short(), *peers()]
+    return [*contact(), *measure(), *sweep(), *short_recipes(), *peers()]
 
 
 def contact() -> Iterator[Part]:
@@ -299,11 +299,11 @@ def sweep() -> Iterator[Part]:
     )
 
 
-def short() -> Iterator[Part]:
+def short_recipes() -> Iterator[Part]:
     """Yield the parts that measure what short recipes need: input for fast models, and training at several sizes."""
 
     def part(name: str, *commands: Command, **settings: object) -> Part:
-        return Part(name=name, profile="short", commands=commands, **settings)  # type: ignore[arg-type]
+        return Part(name=name, profile="short-recipes", commands=commands, **settings)  # type: ignore[arg-type]
 
     yield part(
         "loader-pixels",
@@ -315,7 +315,7 @@ def short() -> Iterator[Part]:
         least=25,
         uses=("data/photos", "data/photos-shards"),
         shown=14,
-        # Two batches need more photos than a rehearsal has.
+        # A batch needs 64 training images, more than a rehearsal has.
         on_cpu=(
             *("--data", "{run}", "--count", "160", "--images", "64", "--rounds", "1"),
             *("--loaders", "ours, pixels"),
@@ -325,7 +325,8 @@ def short() -> Iterator[Part]:
         "sizes",
         train(
             *("--variant", "b0", "--data", "{data}/photos-shards", "--out", "{run}", "--global-batch", "256"),
-            *("--epochs", "12", "--warmup-epochs", "1", "--size-schedule", "0:128,34:192,67:224", "--log-every", "7"),
+            *("--epochs", "12", "--warmup-epochs", "1", "--log-every", "7"),
+            *("--size-schedule", "0:128,34:128,34:192,67:192,67:224"),
         ),
         expected=70,
         least=50,

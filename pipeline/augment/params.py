@@ -271,9 +271,13 @@ def _between(ends: tuple[float, float], u: Floats) -> Floats:
     return ends[0] + (ends[1] - ends[0]) * u
 
 
-@functools.cache
 def _log(ends: tuple[float, float]) -> tuple[float, float]:
-    return float(rng.log(ends[0])), float(rng.log(ends[1]))
+    return _log_of(ends[0]), _log_of(ends[1])
+
+
+@functools.cache
+def _log_of(value: float) -> float:
+    return float(rng.log(value))
 
 
 def _rounded_root(area: Floats) -> Floats:

@@ -98,13 +98,13 @@ def test_killed_at_random_moments_and_resumed(
     kill_campaign(photos, tmp_path, reference, kills=10)
 
 
-@pytest.mark.slow
-def test_a_conversion_to_pixels_is_killed_and_resumed(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_conversion_to_pixels_is_killed_and_resumed(kills: int, photos: Path, tmp_path: Path) -> None:
     options = ("--pixels", "--short-side", "200")
     started = time.monotonic()
     assert run(photos, tmp_path / "reference", *options).returncode == 0
     reference = contents(tmp_path / "reference"), time.monotonic() - started
-    kill_campaign(photos, tmp_path, reference, 6, *options)
+    kill_campaign(photos, tmp_path, reference, kills, *options)
     assert verify(tmp_path / "reference", workers=1) == []
 
 

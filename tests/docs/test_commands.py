@@ -16,8 +16,9 @@ OPTIONS: dict[str, set[str]] = {
     "launch/train.py": {"--recipe"} | {row.flag for _, kind in sections(Recipe) for row in options(kind)},
     **{command: {row.flag for row in options(kind)} for command, kind in COMMAND_CLASSES.items()},
 }
-# Pages whose commands only `make test-all` runs, because other tests do the same in less time: export, fuse and count
-# the models, train other models, fine-tune, distil, profile, report, select data, and log to the trackers.
+# Pages whose commands only `make test-all` runs, because other tests do the same in less time: convert and select data,
+# resize progressively, export, fuse and count the models, train other models, fine-tune, distill, measure, profile,
+# report, and log to the trackers.
 SLOW_PAGES = (
     *("data-selection", "dense-prediction", "distillation", "fast-input", "fine-tuning", "imagenet", "loaders"),
     *("migrating", "model", "other-models", "performance", "profiling", "progressive-resizing", "report"),

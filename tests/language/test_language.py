@@ -13,7 +13,8 @@ from tests.language.phrases import NAMES, PHRASES
 BRITISH = re.compile(
     "(amort|custom|equal|final|general|initial|memor|minim|maxim|neutral|normal|optim|organ|parallel|poster|quant"
     "|random|real|recogn|regular|sanit|serial|special|summar|synchron|token|util|vector|visual)is(e|ing|ation)"
-    "|analyse|behaviour|centre|colour|favour|grey|honour|labell|licence|misspelt|neighbour|towards",
+    "|analyse|behaviour|catalogue|centre|colour|favour|grey|honour|labell|licence|misspelt|neighbour|towards"
+    "|\\bdistil\\b",
     re.IGNORECASE,
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -567,7 +567,7 @@ def test_every_benchmark_is_summarized_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["contract"], "unknown profile contract: expected contact, measure, sweep, short, peers"),
+        (["contract"], "unknown profile contract: expected contact, measure, sweep, short-recipes, peers"),
         (["--only", "("], "not a valid regular expression"),
         (["measure", "--only", "step-b9"], "--only step-b9: no part matches; the parts are step-b3, bench-b3"),
     ],

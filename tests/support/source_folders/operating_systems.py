@@ -117,7 +117,7 @@ def synced_folder(root: Path) -> None:
 
 @source(train=6, classes=("birthday", "wedding"), messages=("picasa", ".picasaoriginals", ".lrcat"))
 def family_photos(root: Path) -> None:
-    """Picasa keeps the unedited images; Lightroom's catalogue is next to the albums."""
+    """Picasa keeps the unedited images; Lightroom's catalog is next to the albums."""
     put_images(root, "{birthday,wedding}/{1,2,3}.jpg")
     put_images(root, "birthday/.picasaoriginals/{1,2}.jpg")
     put_files(root, "{birthday,wedding}/.picasa.ini", "[1.jpg]\nfilters=crop64=1\n")
