@@ -44,14 +44,12 @@ import tyro
 
 from benchmarks.interleaved import Maker, machine, medians, ratio, run_interleaved
 from benchmarks.loaders import ours, threads, torch_workers
-from benchmarks.loaders.work import BATCH, SIZE, NotInstalled, Photos
+from benchmarks.loaders.work import BATCH, SIZE, WARM_UP, NotInstalled, Photos
 from launch.cli import main as pipeline
 
 FULL, PIXELS = "ours, DALI, fat", "ours, pixels"
 OTHER_WORK = (FULL, PIXELS)
 """Rows that augment more, or do not decode JPEGs."""
-# Until the pools of buffers have stopped growing: the first use of a buffer takes longer than to resize pixels into it.
-WARM_UP = 48 * BATCH
 
 
 @dataclass(frozen=True)

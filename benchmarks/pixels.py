@@ -26,6 +26,7 @@ import torch
 import tyro
 
 from benchmarks.interleaved import Maker, machine, medians, ratio, run_interleaved
+from benchmarks.loaders.work import BATCH, MANY_EPOCHS, SIZE, WARM_UP
 from launch.cli import main as pipeline
 from pipeline.augment.recipe import augment_recipe
 from pipeline.batch_shape import BatchShape
@@ -33,11 +34,8 @@ from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import TrainPlan
 from shards.format.dataset import ShardSet
 
-BATCH, SIZE, SHORT_SIDE = 64, 224, 256
+SHORT_SIDE = 256
 CACHE_GIB = 8.0
-# Until the pools of buffers have stopped growing: the first use of a buffer takes longer than to resize pixels into it.
-WARM_UP = 48 * BATCH
-MANY_EPOCHS = 1000
 SETS = {
     "jpeg": (),
     "pixels": ("--format", "ffcv", "--write-mode", "raw"),

@@ -9,9 +9,10 @@ for additional time.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / ".kit"  # folder of packages and compiled kernels for machines without access to a package index
@@ -74,12 +75,18 @@ def parts() -> list[Part]:
     return [*contact(), *measure(), *sweep(), *short_recipes(), *peers()]
 
 
+def parts_of(profile: str) -> Callable[..., Part]:
+    """Return a function that creates a part of the profile: `part(name, *commands, expected=..., ...)`."""
+
+    def part(name: str, *commands: Command, **settings: Any) -> Part:
+        return Part(name=name, profile=profile, commands=commands, **settings)
+
+    return part
+
+
 def contact() -> Iterator[Part]:
     """Yield the parts of `contact`. Longest chain of parallel parts: kit, photos-data, dali-check, digits-zero1."""
-
-    def part(name: str, *commands: Command, **settings: object) -> Part:
-        return Part(name=name, profile="contact", commands=commands, **settings)  # type: ignore[arg-type]
-
+    part = parts_of("contact")
     yield part("facts", python("benchmarks/gpu_run/facts.py", "--out", "{out}"), expected=3, least=1, shown=24)
     packed_kernels = KIT / "triton-cache.tar.xz"
     yield part(
@@ -201,10 +208,7 @@ def contact() -> Iterator[Part]:
 
 def measure() -> Iterator[Part]:
     """Yield the timed parts of `measure`, the most important first."""
-
-    def part(name: str, *commands: Command, **settings: object) -> Part:
-        return Part(name=name, profile="measure", commands=commands, **settings)  # type: ignore[arg-type]
-
+    part = parts_of("measure")
     # The memory of an H100 is too small for two modes of FAT-B3 at the same time, hence --alone.
     yield part("step-b3", step("fat_b3", "--alone"), expected=25, least=25, on_cpu=SMALL)
     yield part("bench-b3", bench("b3", steps=10), expected=42, least=40, uses=("data/photos-shards",), on_cpu=FEW)
@@ -301,10 +305,7 @@ def sweep() -> Iterator[Part]:
 
 def short_recipes() -> Iterator[Part]:
     """Yield the parts that measure what short recipes need: input for fast models, and training at several sizes."""
-
-    def part(name: str, *commands: Command, **settings: object) -> Part:
-        return Part(name=name, profile="short-recipes", commands=commands, **settings)  # type: ignore[arg-type]
-
+    part = parts_of("short-recipes")
     yield part(
         "loader-pixels",
         python(

@@ -18,6 +18,8 @@ from shards.cores import cores
 from shards.format.dataset import ShardSet
 
 BATCH, SIZE = 64, 224
+# Until the pools of buffers have stopped growing: the first use of a buffer takes longer than to resize pixels into it.
+WARM_UP = 48 * BATCH
 RECIPE = augment_recipe("light", size=SIZE)
 WORKERS = cores()
 MANY_EPOCHS = 1000

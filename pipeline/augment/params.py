@@ -133,13 +133,14 @@ def crop_windows(
     w, h = _rounded_root(area * aspect), _rounded_root(area / aspect)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     windows = _placed((Stream.CROP, seed, epoch, ids), (h, w), (height, width), fits)
-    if fits.any(axis=1).all():
+    found: Bools = np.any(fits, axis=1)
+    if found.all():
         return windows
     low, high = recipe.ratio
     fallback = _centered(
         height, width, np.clip(np.rint(width / low), 1, height), np.clip(np.rint(height * high), 1, width)
     )
-    return np.where(fits.any(axis=1, keepdims=True), windows, fallback)
+    return np.where(found[:, None], windows, fallback)
 
 
 def flips(recipe: AugmentRecipe, *, seed: int, epoch: int, ids: Ints) -> Bools:

@@ -1,6 +1,7 @@
 """Phrases and names that this project has abandoned do not come back."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,20 +42,16 @@ def test_words_and_names_have_american_spelling(texts: list[tuple[str, str]]) ->
     """The spelling of the libraries' names: normalize, initialize, color, center, gray."""
     found = [f"{place}: {match[0]}" for place, text in texts if (match := BRITISH.search(text))]
     for folder in (*PACKAGES, "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            defined = defined_names(ast.parse(path.read_text()))
-            found += [f"{path.relative_to(ROOT)}:{line}: {word}" for word, line in defined if BRITISH.search(word)]
+        found += [f"{path}:{line}: {word}" for path, word, line in names_in(folder) if BRITISH.search(word)]
     assert not found
 
 
 def test_abandoned_names_do_not_occur() -> None:
     found = []
     for folder in PACKAGES:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            name = path.relative_to(ROOT)
-            banned = set().union(*(names for scope, names in NAMES.items() if is_below(name, scope)))
-            defined = defined_names(ast.parse(path.read_text()))
-            found += [f"{name}:{line}: {word}" for word, line in defined if word in banned]
+        for path, word, line in names_in(folder):
+            if any(word in names and is_below(path, scope) for scope, names in NAMES.items()):
+                found.append(f"{path}:{line}: {word}")
     assert not found
 
 
@@ -79,6 +76,16 @@ def test_each_example_of_private_language_is_caught(text: str) -> None:
 def test_defined_names_are_found() -> None:
     tree = ast.parse("def mend(story): weigh = 1\nclass Need: picks: int\nfor share in x: y.guilty = 1")
     assert {name for name, _ in defined_names(tree)} == {"mend", "story", "weigh", "Need", "picks", "share", "guilty"}
+
+
+@functools.cache
+def names_in(folder: str) -> list[tuple[Path, str, int]]:
+    """Return (file, name, line) of all that the modules of a folder define."""
+    return [
+        (path.relative_to(ROOT), word, line)
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for word, line in defined_names(ast.parse(path.read_text()))
+    ]
 
 
 def defined_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
