@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import need
-from tests.slurm.hosts import some_hosts
+from tests.support.hosts import some_hosts
 from tests.support.launching import ROOT, environment, free_port
 
 JOIN = """

@@ -12,7 +12,7 @@ import pytest
 
 from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import OPTIONS, RECORDED, need
-from tests.slurm.hosts import Host, some_hosts
+from tests.support.hosts import Host, some_hosts
 from tests.support.launching import LAUNCHER, ROOT, environment, free_port
 
 STALL_SECONDS = 6

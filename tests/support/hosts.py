@@ -7,8 +7,11 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.support.launching import ROOT
 
 
 def ip(*args: str, check: bool = True) -> str:
@@ -23,10 +26,10 @@ _uses = itertools.count()
 class Host:
     """A network namespace with one interface, eth0."""
 
-    def __init__(self, name: str, address: str, link: str) -> None:
+    def __init__(self, name: str, address: str, link: str, bridge: str) -> None:
         self.name, self.address = name, address
-        self._link = link
-        """Interface of the bridge that leads to the host."""
+        self._link, self._bridge = link, bridge
+        """Interface of the bridge that leads to the host, and the bridge."""
         self.started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -46,6 +49,44 @@ class Host:
 
     def plug_in(self) -> None:
         ip("link", "set", self._link, "up")
+
+    @contextlib.contextmanager
+    def delayed(self, seconds: float) -> Iterator[None]:
+        """Delay every packet to and from this host by `seconds`."""
+        inner, near, far = (f"{kind}{self._link[1:]}" for kind in "bnf")  # the bridge of the link, and two TAPs
+        command = [sys.executable, "-m", "tests.support.delayed_link", near, far, str(seconds)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+                ip("link", "add", inner, "type", "bridge")
+                for link, bridge in ((near, inner), (self._link, inner), (far, self._bridge)):
+                    ip("link", "set", link, "master", bridge, "up")
+                ip("link", "set", inner, "up")
+                yield
+            finally:
+                ip("link", "set", self._link, "master", self._bridge, check=False)
+                ip("link", "del", inner, check=False)
+                process.kill()
+
+    def limit_rate(self, rate: str) -> None:
+        """Limit the rate of packets that this host sends, such as "10mbit"."""
+        command = [
+            "tc",
+            "qdisc",
+            "replace",
+            "dev",
+            "eth0",
+            "root",
+            "tbf",
+            "rate",
+            rate,
+            "burst",
+            "64kb",
+            "latency",
+            "1s",
+        ]
+        subprocess.run(["ip", "netns", "exec", self.name, *command], check=True, timeout=20)
 
     def power_off(self) -> None:
         """Kill all processes, without packets to other hosts."""
@@ -75,7 +116,7 @@ def some_hosts(count: int = 2) -> Iterator[list[Host]]:
         for number in range(1, count + 1):
             name, link = f"host{number}-{mark}", f"v{number}-{mark}"
             ip("netns", "add", name)
-            host = Host(name, f"{net}.{number}", link)
+            host = Host(name, f"{net}.{number}", link, bridge)
             hosts.append(host)
             ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
             ip("link", "set", link, "master", bridge, "up")
