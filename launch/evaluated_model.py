@@ -22,7 +22,7 @@ from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run, restore_class_names
 from launch.run.weights_files import weights_file
-from shards.errors import UserError
+from shards.errors import UserError, about_file
 from shards.redact import printable
 
 MAX_ERROR = 200  # maximum characters of PyTorch's message, which lists all tensors that do not match
@@ -93,8 +93,7 @@ def load_model(
             raise UserError(f"{path}: --ema requires a run folder; evaluate the run folder, or its {name}")
         return _load_weights_file(path, given)
     except (UserError, ValueError, OSError) as error:
-        text = str(error)
-        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+        raise UserError(about_file(path, error)) from error
 
 
 def training_data(path: Path) -> DataConfig | None:

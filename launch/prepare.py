@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -74,6 +75,30 @@ def prepare_run(
         messages += inherited
     feed = Feed.of(recipe, world)
     check_memory(feed)
+    built = build_parts(feed)
+    loaded = () if resumes else built.loaded
+    messages += [*loaded, *built.teacher_messages]
+    return PreparedRun(feed, built.model, built.execution, built.teacher, resumes, previous_dali, tuple(messages))
+
+
+class Parts(NamedTuple):
+    """What is built from a recipe and its data before the training is set up."""
+
+    model: nn.Module
+    execution: Execution
+    teacher: Teacher | None
+    loaded: list[str]
+    """Messages about the initial weights."""
+    teacher_messages: list[str]
+
+
+def build_parts(feed: Feed) -> Parts:
+    """Build the model with its initial weights, and the teacher, and check them against the data and the world size.
+
+    Raises:
+        UserError: they do not fit together, or a file cannot be read.
+    """
+    recipe, world = feed.recipe, feed.world
     for phase in feed.phases:
         check_values_per_channel(recipe, phase.augment.size, phase.shape.micro_rows, world)
     accumulation = max(phase.shape.accumulation for phase in feed.phases)
@@ -82,10 +107,8 @@ def prepare_run(
     check_fine_tuning(model, recipe)
     check_batch_norms(model, recipe.parallel.sync_bn, world)
     loaded = load_initial_weights(model, recipe, feed.class_list, file_of_run=best_weights_file)
-    messages += [] if resumes else loaded
     teacher, teacher_messages = load_teacher(feed)
-    messages += teacher_messages
-    return PreparedRun(feed, model, execution, teacher, resumes, previous_dali, tuple(messages))
+    return Parts(model, execution, teacher, loaded, teacher_messages)
 
 
 def check_fine_tuning(model: nn.Module, recipe: Recipe) -> None:

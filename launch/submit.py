@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.machine.standard_streams import open_missing_streams
@@ -26,12 +26,12 @@ from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.resilience.foreign_files import check_run_folder
 from launch.run.files import read_regular, unwritable
+from launch.slurm.checks import check_training
 from launch.slurm.job import Submit, SubmitError
 from launch.slurm.script import RENDERED, render
 from shards.command import check_options, main_program, option_names
 from shards.errors import UserError, report
 from shards.files.durable import durable_write
-from shards.format.dataset import ShardSet
 from shards.redact import printable, protect_output, redact
 
 PROG = "python -m launch.submit"
@@ -56,7 +56,7 @@ def _run(args: Sequence[str], training: Sequence[str]) -> int:
         own = {"an option of the job, not of training; write it before --": option_names(Submit)}
         recipe = parse(training, prog=f"{PROG} --", elsewhere=own)
         script = render(job, recipe, training)
-        for warning in _data_warnings(recipe):
+        for warning in check_training(job, recipe):
             print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
         print(script)
         if job.dry_run:
@@ -70,23 +70,6 @@ def _run(args: Sequence[str], training: Sequence[str]) -> int:
     print(f"save and requeue:  scancel --signal=USR2 --batch {number}")
     print(f"save and end:      scancel {number}")
     return 0
-
-
-def _data_warnings(recipe: Recipe) -> Iterator[str]:
-    """Yield what would let the job fail, if its nodes see the same files as this machine, which they need not."""
-    try:
-        location = recipe.data.location()
-        if not isinstance(location, Path):
-            return
-        images = recipe.data.select_from(ShardSet(location), seed=recipe.run.seed).split("train").samples
-    except UserError as error:
-        yield f"the job fails unless its nodes have another file system: {error}"
-        return
-    if recipe.data.global_batch > images:
-        yield (
-            f"the job fails: --global-batch {recipe.data.global_batch} is larger than the training split of {location} "
-            f"({images:,} images)"
-        )
 
 
 def _reject_credentials(args: Sequence[str]) -> None:

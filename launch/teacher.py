@@ -17,7 +17,7 @@ from launch.feed import Feed
 from launch.models.create import outputs_of
 from launch.models.specification import ModelSpec
 from launch.run.weights_files import best_weights_file
-from shards.errors import UserError
+from shards.errors import UserError, about_file
 
 
 def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
@@ -34,8 +34,7 @@ def load_teacher(feed: Feed) -> tuple[Teacher | None, list[str]]:
         model, info, notes = load_weights_file(path, given, request=f"use --teacher {{}} --teacher-weights {path}")
         of_teacher = {outputs_of(model, size) for size in sizes}.pop()
     except (UserError, ValueError, OSError) as error:
-        text = str(error)
-        raise UserError(f"--teacher: {text if text.startswith(str(path)) else f'{path}: {text}'}") from error
+        raise UserError(f"--teacher: {about_file(path, error)}") from error
     classes, data = feed.class_list, Path(str(feed.dataset.path))
     outputs, class_notes = map_classes(info.classes, of_teacher, classes, model=path, data=data)
     if outputs is None and of_teacher > classes.count:  # outputs without a class teach nothing

@@ -142,3 +142,15 @@ def report(error: UserError, *, prefix: str = "") -> int:
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's text; empty if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's text on one line; that of an `OSError` without its number and file name."""
+    fact = error.strerror if isinstance(error, OSError) else None
+    return fact or first_line(error) or type(error).__name__
+
+
+def about_file(path: Path, error: Exception) -> str:
+    """Return an error's text, which begins with the path of the file that it is about."""
+    text = reason_of(error)
+    return text if text.startswith(str(path)) else f"{path}: {text}"

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from shards.command import check_options, option_names, suggestion
-from shards.errors import UserError
+from shards.errors import UserError, reason_of
 from shards.files.regular import NotRegular, read_bounded
 from shards.schema import first_error
 
@@ -152,7 +152,7 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
         raise RecipeError(f"{error}; use a TOML file of options") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: the file is not UTF-8 or not TOML
         kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise RecipeError(f"{path}: not a readable {kind} file ({error})") from error
+        raise RecipeError(f"{path}: not a readable {kind} file ({reason_of(error)})") from error
     try:
         return _with_values(recipe, values)
     except UserError as error:

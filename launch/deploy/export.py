@@ -25,7 +25,7 @@ from fat.weights.save import write_weights
 from launch.deploy.weights_file import load_weights_file
 from launch.models.specification import ModelSpec
 from shards.command import PROJECT
-from shards.errors import UserError, explain_os_errors
+from shards.errors import UserError, explain_os_errors, reason_of
 from shards.files.durable import sync_folder
 from shards.files.output import OutputError, check_output
 from shards.format.manifest import tool_version
@@ -59,7 +59,8 @@ def check_export(source: Path, out: Path, target: Format) -> None:
         with out.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             is_export = not out.samefile(source) and content.find(MARK.encode()) >= 0
     except (OSError, ValueError) as error:  # ValueError: the file is empty
-        raise OutputError(f"--out {out}: exists and cannot be read ({error}); specify another file") from error
+        fact = f"exists and cannot be read ({reason_of(error)})"
+        raise OutputError(f"--out {out}: {fact}; specify another file") from error
     if not is_export:
         raise OutputError(f"--out {out}: exists and was not written by 'pipeline export'; specify another file")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from shards.errors import UserError, reading
+from shards.errors import UserError, reading, reason_of
 from shards.files.regular import NotRegular, open_regular, read_up_to
 from shards.images.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
 from shards.images.limits import MAX_ENCODED
@@ -86,7 +86,8 @@ def _matches(argument: str) -> list[Path]:
             return [path]
         matches = sorted(glob.glob(argument, recursive=True)) if glob.has_magic(argument) else []
     except (OSError, ValueError) as error:  # for example, the name is too long or contains a NUL character
-        raise UserError(f"{argument}: not a valid path ({error}); specify a file, folder or pattern") from error
+        fact = f"not a valid path ({reason_of(error)})"
+        raise UserError(f"{argument}: {fact}; specify a file, folder or pattern") from error
     if not matches:
         fact = "no file matches this pattern" if glob.has_magic(argument) else "no such file or folder"
         raise UserError(f"{argument}: {fact}; specify existing images")

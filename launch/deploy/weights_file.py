@@ -12,7 +12,7 @@ from launch.models.specification import ModelSpec
 from launch.models.weights import load_model_file
 from launch.run.saved_recipe import restore_class_names
 from launch.run.weights_files import best_weights_file, weights_file
-from shards.errors import UserError, storage_error
+from shards.errors import UserError, about_file, storage_error
 
 
 def find_weights(path: Path, *, ema: bool = False) -> Path:
@@ -60,8 +60,7 @@ def load_weights_file(
     try:
         model, info, notes = load_model_file(path, given, request=request)
     except (UserError, ValueError, OSError) as error:
-        text = str(error)
-        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+        raise UserError(about_file(path, error)) from error
     if info.classes is not None:
         info = dataclasses.replace(info, classes=restore_class_names(path.parent, info.classes))
     if info.size is None:

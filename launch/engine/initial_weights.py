@@ -13,7 +13,7 @@ from fat.weights.entries import listed
 from launch.config.recipe import Recipe
 from launch.models.classifier import classifier_name
 from launch.models.weights import load_weights
-from shards.errors import UserError
+from shards.errors import UserError, about_file
 
 
 def load_initial_weights(
@@ -36,10 +36,8 @@ def load_initial_weights(
         if path.is_dir():
             path = file_of_run(path)
         info, notes = fat.read_info(path), load_weights(model, path, classes=classes)
-    except UserError as error:
-        raise UserError(f"--weights {error}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"--weights: {error}") from error
+    except (UserError, ValueError, OSError) as error:
+        raise UserError(f"--weights {about_file(path, error)}") from error
     # All tensors are loaded, except those of a classifier that is initialized anew.
     names, head = list(model.state_dict()), f"{classifier_name(model) or 'head'}."
     omitted = [name for name in names if name.startswith(head)] if any(map(is_new_classifier, notes)) else []

@@ -16,7 +16,7 @@ from launch.run.files import read_regular
 from launch.run.metrics_file import read_run
 from launch.run.saved_recipe import CLASSES_NAME, SavedRun, read_saved_run
 from launch.run.status import StatusContent, read_content
-from shards.errors import UserError
+from shards.errors import UserError, reason_of
 from shards.files.lock import STALE_SECONDS
 from shards.format.manifest import MAX_MANIFEST_BYTES
 
@@ -81,7 +81,7 @@ def _load(path: Path, name: str) -> LoadedRun:
             named = zip(found.folders, found.names or found.folders, strict=True)
             classes = tuple(title or folder for folder, title in named)
     except (OSError, ValueError) as error:
-        notes.append(f"{path / CLASSES_NAME}: cannot be read ({error}), so classes are shown as numbers")
+        notes.append(f"{path / CLASSES_NAME}: cannot be read ({reason_of(error)}), so classes are shown as numbers")
     try:
         evaluation = read_evaluation(path)
     except UserError as error:

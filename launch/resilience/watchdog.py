@@ -27,6 +27,7 @@ from launch.resilience.heartbeat import FOLDER, Heartbeat, new_start
 from launch.resilience.rank_status import describe_failure, failing_hosts
 from launch.run.files import open_regular, unwritable
 from launch.run.status import EXIT_STATUS, read_status, write_status
+from shards.errors import reason_of
 
 T = TypeVar("T")
 
@@ -190,7 +191,7 @@ class Watchdog:
         try:
             self.dump()
         except OSError as error:
-            log.warning("%s: cannot be written (%s); the stack traces follow", self.stacks, error)
+            log.warning("%s: cannot be written (%s); the stack traces follow", self.stacks, reason_of(error))
             dump_to_stderr()
         nodes: list[str] = []
         if self._heartbeat is None:

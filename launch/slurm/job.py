@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,11 @@ class Submit:
             raise SubmitError(
                 f"--time {self.time}: expected a time as in sbatch, such as 24:00:00 or 2-12 (days-hours)"
             )
+        if self.seconds <= self.warn_seconds:
+            raise SubmitError(
+                f"--time {self.time}: with --warn-seconds {self.warn_seconds}, the job would be told to stop at its "
+                "start; use a longer time"
+            )
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -94,9 +100,25 @@ class Submit:
         return int(first), int(last or first)
 
     @property
+    def seconds(self) -> float:
+        """Time limit of one start; infinite if it is that of the partition, or if there is none."""
+        return seconds_of(self.time) if self.time else math.inf
+
+    @property
     def processes(self) -> int:
         """Number of processes per node."""
         return self.gpus_per_node if self.processes_per_node is None else self.processes_per_node
+
+
+def seconds_of(time: str) -> float:
+    """Return the seconds of a time that matches `TIME`; infinity if it is unlimited, which for sbatch 0 is too."""
+    if not time[0].isdigit():
+        return math.inf
+    days, separator, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # Days are followed by hours first. Without days, a single number or the first of two is in minutes.
+    units = (3600, 60, 1) if separator or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(unit * part for unit, part in zip(units, parts, strict=False)) or math.inf
 
 
 def fits(recipe: Recipe, job: Submit) -> list[tuple[int, int, int]]:

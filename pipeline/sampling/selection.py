@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.rng import Stream, bits
 from pipeline.sampling.class_balance import shuffled_by_class
 from shards.command import suggestion
-from shards.errors import UserError
+from shards.errors import UserError, reason_of
 from shards.format.dataset import ShardSet
 from shards.format.manifest_fields import MAX_CLASSES, ClassEntry
 from shards.redact import printable
@@ -105,7 +105,7 @@ def parse_classes(text: str) -> int | tuple[str, ...]:
             with Path(text[1:]).open("rb") as file:
                 content = file.read(MAX_FILE_BYTES).decode()
         except (OSError, ValueError) as error:  # ValueError: the file is not UTF-8
-            raise UserError(f"{OPTION} {printable(text)}: cannot be read ({error})") from error
+            raise UserError(f"{OPTION} {printable(text)}: cannot be read ({reason_of(error)})") from error
         names = content.splitlines()
     else:
         names = text.split(",")

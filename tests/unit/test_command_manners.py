@@ -282,24 +282,6 @@ def test_recipes_that_are_no_files_are_rejected(name: str, tmp_path: Path) -> No
         parse(["--recipe", str(tmp_path / name)])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--data", "{none}"), "the job fails unless its nodes have another file system: {none}: no such shard set"),
-        (("--data", "{set}", "--global-batch", "2048"), "is larger than the training split of {set} (1,437 images)"),
-        (("--data", "{set}", "--global-batch", "64"), ""),
-    ],
-)
-def test_submission_warns_of_data_that_the_job_cannot_use(
-    digits: Path, tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = {"set": digits, "none": tmp_path / "none"}
-    arguments = [option.format(**names) for option in options]
-    assert submit(["--dry-run", "--", "--out", str(tmp_path / "run"), *arguments]) == 0
-    assert message.format(**names) in (shown := capsys.readouterr().err)
-    assert shown.count("\n") == bool(message)
-
-
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.command_line import parse
-from launch.slurm.job import Submit, SubmitError, fits
+from launch.slurm.job import Submit, SubmitError, fits, seconds_of
 from launch.slurm.script import END_OF_SETTINGS, TEMPLATE, render
 from launch.submit import main
 
@@ -81,6 +82,15 @@ def test_container_options(container: str, srun: str, command: str) -> None:
         (("--gpus-per-node", "0"), "at least one process per node"),
         (("--nodes", "5"), "--nodes 5 x 8 processes: world size 40 does not divide"),
         (("--", "--epochs", "0"), "--epochs 0: expected a whole number from 1 to 1,000,000"),
+        (
+            ("--time", "nonsense"),
+            "--time nonsense: expected a time as in sbatch, such as 24:00:00 or 2-12 (days-hours)",
+        ),
+        (("--time", "3"), "--time 3: with --warn-seconds 180, the job would be told to stop at its start"),
+        (("--time", "4", "--", "--preempt-margin", "240"), "--time 4: with --preempt-margin 240 (seconds), training"),
+        (("--data", "set"), "--data: a training option; write training options after --"),
+        (("--", "--nodes", "2"), "--nodes: an option of the job, not of training; write it before --"),
+        (("--", "--zero", "3", "--compile", "default"), "--compile default: torch.compile does not support ZeRO 3"),
     ],
 )
 def test_invalid_options_are_rejected_before_submission(
@@ -88,6 +98,42 @@ def test_invalid_options_are_rejected_before_submission(
 ) -> None:
     assert main([*args]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("10", 600), ("10:30", 630), ("1:00:00", 3600), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:5", 86405),
+        ("unlimited", math.inf), ("INFINITE", math.inf), ("0", math.inf),
+    ],
+)  # fmt: skip
+def test_time_limits_have_the_units_of_sbatch(time: str, seconds: float) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "{none}"), "{none}: no such shard set"),
+        (("--data", "{set}", "--global-batch", "2048"), "1437 training images are fewer than one global batch of 2048"),
+        (("--data", "{set}", "--global-batch", "64", "--weights", "{none}"), "--weights {none}: No such file"),
+        (("--data", "{set}", "--global-batch", "64", "--size", "32", "--teacher", "{none}"), "--teacher {none}: "),
+        (("--data", "{set}", "--global-batch", "64", "--classes", "3"), "--classes 3: the data set has 10 classes"),
+        (("--data", "{set}", "--global-batch", "64", "--classes-subset", "eleven"), "--classes-subset"),
+        (("--data", "{set}", "--global-batch", "64", "--size", "32"), ""),
+        (("--data", "http://127.0.0.1:9/set", "--global-batch", "64"), ""),  # not opened
+    ],
+)
+def test_submission_warns_of_files_that_the_job_cannot_use(
+    digits: Path, tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"set": digits, "none": tmp_path / "none"}
+    arguments = [option.format(**names) for option in options]
+    assert main(["--dry-run", "--", "--out", str(tmp_path / "run"), *arguments]) == 0
+    shown = capsys.readouterr().err
+    assert message.format(**names) in shown
+    assert shown.startswith("warning: the job fails unless its nodes have other files: " if message else "")
+    assert shown.count("\n") == bool(message)
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
