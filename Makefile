@@ -22,9 +22,9 @@ HAVE_FFCV   := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 BROWSER     := chromium chromium-driver
 HAVE_BROWSER := command -v chromium chromedriver >/dev/null
 
-# The SLURM tests start a cluster on this machine with these packages. Without them they are skipped, or fail if CI=true.
-SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
-HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
+# The SLURM tests start a cluster and SSH servers on this machine with these packages. Without them they are skipped, or fail if CI=true.
+SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2 openssh-server openssh-client
+HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip sshd ssh >/dev/null
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants lint audit docs peers bench gpu clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if Path(sys.argv[0]).name == "pipeline" or __name__ == "__main__":
     exit_on_interrupt()  # during imports; the installed script imports this file
 
 import tyro
+from annotated_types import Interval
 from tyro.conf import subcommand
 
 from launch.bench.options import Bench
@@ -24,7 +26,7 @@ from launch.deploy.predict import Predict
 from launch.race.options import Race
 from launch.recipes.command import Recipes
 from launch.report.command import Report
-from launch.start_processes import ProcessCount
+from launch.start.processes import ProcessCount
 from launch.tuning.options import Tune
 from pipeline.look import Look
 from shards.command import check_options, check_subcommand, main_program, option_names
@@ -33,6 +35,7 @@ from shards.commands.inspect import Info, Verify
 from shards.cores import limit_openmp
 from shards.errors import UserError, open_files_error, report
 from shards.open_files import raise_limit
+from shards.option_help import default
 from shards.ranges import check_ranges
 from shards.redact import printable, protect_output
 
@@ -74,20 +77,32 @@ class Goodput:
 
 @dataclass(frozen=True)
 class Train:
-    """Train on the GPUs of this machine: start a process of launch/train.py for each.
+    """Train on the GPUs of this machine, or of several: start a process of launch/train.py for each.
 
     The options of the training follow after `--`; 'pipeline train -- --help' lists them. Example:
     pipeline train --processes 8 -- --variant b3 --data SET
     """
 
     processes: ProcessCount = None
-    """Number of processes. Use 'python -m launch.submit' for several machines."""
+    """Number of processes per machine."""
+    hosts: Annotated[tuple[str, ...], default("this machine")] = ()
+    """Machines to train on, which this one can reach with ssh without a password. They need this project, its Python
+    and the run folder at the same paths. On a SLURM cluster, use 'python -m launch.submit' instead."""
+    ssh: str = "ssh"
+    """Command for --hosts, such as 'ssh -p 2222' or 'ssh -F FILE'."""
+    port: Annotated[int, Interval(ge=1, le=65535)] = 29500
+    """Port of the first of the hosts, at which the processes find each other."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
     def run(self, training: Sequence[str] = ()) -> int:
-        from launch.start_processes import start_training
+        if self.hosts:
+            from launch.start.hosts import train_on_hosts
+            from launch.start.ssh import Hosts
+
+            return train_on_hosts(Hosts(self.hosts, tuple(shlex.split(self.ssh))), self.processes, self.port, training)
+        from launch.start.processes import start_training
 
         return start_training(self.processes, training)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from annotated_types import Interval
 
-from launch.start_processes import ProcessCount
+from launch.start.processes import ProcessCount
 from shards.command import option_names
 from shards.errors import UserError
 from shards.option_help import default

@@ -14,7 +14,7 @@ from launch.race.results import SeedResult, read_result
 from launch.run.metrics_file import read_run
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
 from launch.run.status import read_status
-from launch.start_processes import default_processes, run_training
+from launch.start.processes import default_processes, run_training
 from shards.errors import UserError
 from shards.redact import redacted
 

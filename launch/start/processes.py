@@ -1,5 +1,7 @@
 """Start the processes of a training on this machine: `pipeline train --processes 8 -- --variant b3 --data SET`.
 
+`launch.start.hosts` runs this file on each of several machines.
+
 This uses the part of torchrun that starts and ends processes, without its agent: with one machine and no restarts there
 is nothing to agree on, and the agent's errors are tracebacks.
 """
@@ -13,23 +15,26 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
+from shards.errors import UserError, first_line
 from shards.option_help import default
 from shards.redact import printable
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 ProcessCount = Annotated[
     Annotated[int, Interval(ge=1, le=1024)] | None, default("one per GPU, 1 on a machine without GPUs")
 ]
 """Option for the number of training processes on this machine."""
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = Path(__file__).parents[1] / "train.py"
 POLL_SECONDS = 0.1
 # Seconds for the processes to save after a signal, as in launch/slurm/train.sbatch; torchrun's default is 30.
 SAVE_SECONDS = 170
@@ -63,24 +68,46 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def run_training(count: int, options: Sequence[str]) -> int:
-    """Train with `count` processes, which end before this function returns the exit status of launch/train.py."""
+@dataclass(frozen=True)
+class Node:
+    """This machine's place among the machines of a training."""
+
+    number: int = 0
+    count: int = 1
+    address: str = "127.0.0.1"
+    """Address of machine 0."""
+    port: int = 0
+    """Port of machine 0 at which the ranks find each other; 0, for one machine only: chosen by the system."""
+
+
+def run_training(count: int, options: Sequence[str], node: Node | None = None) -> int:
+    """Train with `count` processes, which end before this function returns the exit status of launch/train.py.
+
+    Args:
+        count: processes on this machine.
+        node: this machine, if there are several, with `count` processes each.
+    """
     from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
-    # This process holds the store through which the ranks find each other, at a port that the system has chosen. If
-    # rank 0 held it, as without a launcher, another program could take the port in the meantime.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    node = node or Node()
+    # This process holds the store through which the ranks find each other, on one machine at a port that the system has
+    # chosen. If rank 0 held it, as without a launcher, another program could take the port in the meantime.
+    port = node.port
+    if node.number == 0:
+        store = _store(TCPStore, node)  # closed with its last reference
+        port = store.port
     common = {
-        "WORLD_SIZE": str(count),
+        "WORLD_SIZE": str(node.count * count),
         "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
+        "MASTER_ADDR": node.address,
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": f"pipeline-train-{os.getpid()}",
         "OMP_NUM_THREADS": "1",  # until each rank has divided the cores
     }
-    envs = {rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
+    first = node.number * count
+    envs = {rank: common | {"RANK": str(first + rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
     arguments = {rank: (str(TRAIN), *options) for rank in range(count)}
     handled = [number.name for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
@@ -102,7 +129,23 @@ def run_training(count: int, options: Sequence[str]) -> int:
                 break
             except SignalException as new:  # pass it on, also a second one
                 request = new
-        return _exit_status(failed[0]) if failed else 0
+        if request is not None:  # a process that had not begun to train was ended by the signal itself
+            failed = [failure for failure in failed if failure.exitcode != -request.sigval] or failed
+            if failed and failed[0].exitcode == -request.sigval:
+                return 128 + request.sigval
+        return _exit_status(failed[0], first) if failed else 0
+
+
+def _store(kind: type[TCPStore], node: Node) -> TCPStore:
+    """Open the store of a training, on machine 0.
+
+    Raises:
+        UserError: the port is in use.
+    """
+    try:
+        return kind("127.0.0.1", node.port, is_master=True, wait_for_workers=False)
+    except RuntimeError as error:  # torch has no class of its own for it
+        raise UserError(f"--port {node.port}: cannot be used ({first_line(error)}); choose another port") from None
 
 
 @contextlib.contextmanager
@@ -135,8 +178,12 @@ def _failures(running: Any) -> list[ProcessFailure]:
     ]
 
 
-def _exit_status(failure: ProcessFailure) -> int:
-    """Print the error of the process that failed first, unless it has done so itself; return the exit status."""
+def _exit_status(failure: ProcessFailure, first: int) -> int:
+    """Print the error of the process that failed first, unless it has done so itself; return the exit status.
+
+    Args:
+        first: rank of the first process on this machine.
+    """
     message, line = failure.message, ""
     if isinstance(message, dict):
         line = message["message"]
@@ -144,7 +191,8 @@ def _exit_status(failure: ProcessFailure) -> int:
         name = signal.Signals(-failure.exitcode).name
         cause = " (out of memory?)" if name == "SIGKILL" else ""
         host = os.uname().nodename
-        line = f"error: rank {failure.local_rank} on {host} was killed by {name}{cause}; run the same command to resume"
+        rank = first + failure.local_rank
+        line = f"error: rank {rank} on {host} was killed by {name}{cause}; run the same command to resume"
     if line:
         print(printable(line), file=sys.stderr, flush=True)
     return max(failure.exitcode, 1)
