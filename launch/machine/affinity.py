@@ -18,6 +18,9 @@ import torch
 
 from shards.cores import quota
 
+# Variables with the number of processes in which torch.compile, and ninja for extensions such as DeepSpeed's, compile.
+# Their defaults do not know of CPU quotas, nor of other ranks.
+COMPILERS = ("TORCHINDUCTOR_COMPILE_THREADS", "MAX_JOBS")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
@@ -41,6 +44,8 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
                 continue
     # Replace the OMP_NUM_THREADS=1 that launchers set: libraries that are loaded later read this variable.
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name in COMPILERS:
+        os.environ.setdefault(name, str(threads))
     torch.set_num_threads(threads)
     return threads
 

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from launch.machine.affinity import choose
+from launch.machine.affinity import COMPILERS, choose
 from shards import cores
+from tests.support.cpu_quota import cpu_quota, cpu_set, joined
 from tests.support.launching import python_path
 
 V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
@@ -81,11 +83,29 @@ def test_ranks_share_the_quota(what: str, near: list[int | None], quota: int, th
 
 
 COUNTED = """
-import os, torch
+import os, sys
+from pathlib import Path
+import torch
+from launch.config.command_line import parse
+from launch.feed import Feed
 from launch.machine.world import connect
-from pipeline.options import LoaderSettings
 from shards.workers.pool import cores
-print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], LoaderSettings().decode_threads, cores())
+world = connect()
+import torch._inductor.config
+from torch.utils.cpp_extension import _get_num_workers
+recipe = parse(["--data", sys.argv[1], "--size", "32", "--global-batch", "16", "--loader", "dali"])
+with Feed.of(recipe, world).train_loader(step=0, dtype=torch.float32) as loader:
+    next(loader)
+    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+print(*{
+    "rank": world.cores,
+    "torch": torch.get_num_threads(),
+    "OpenMP": int(os.environ["OMP_NUM_THREADS"]),
+    "DALI": sum(name.startswith("[DALI][TP") for name in names),
+    "workers of commands": cores(),
+    "torch.compile": torch._inductor.config.compile_threads,
+    "ninja": _get_num_workers(False),
+}.items())
 """
 COMMAND = """
 import os
@@ -95,13 +115,22 @@ print(os.environ["OMP_NUM_THREADS"])
 """
 
 
-@pytest.mark.parametrize(("code", "expected"), [(COUNTED, ["1"] * 5), (COMMAND, ["1"])], ids=["a rank", "a command"])
-def test_in_a_container_all_components_use_the_quota(code: str, expected: list[str]) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount something over /sys/fs/cgroup")
-    quota = "mount -t tmpfs none /sys/fs/cgroup && echo '100000 100000' > /sys/fs/cgroup/cpu.max"
-    command = ["unshare", "--mount", "sh", "-c", f'{quota} && exec "$0" -c "$1"', sys.executable, code]
+def output_in(processes: Path, code: str, *args: str | Path) -> str:
+    """Run Python code in a control group; return its output."""
     env = {**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""}
-    env.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == expected
+    for name in ("OMP_NUM_THREADS", *COMPILERS):
+        env.pop(name, None)
+    command = [*joined(processes), sys.executable, "-c", code, *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("group", [cpu_quota(1), cpu_set("0")], ids=["quota", "set of CPUs"])
+def test_all_components_of_a_rank_respect_a_control_group(group: AbstractContextManager[Path], digits: Path) -> None:
+    names = ("rank", "torch", "OpenMP", "DALI", "workers of commands", "torch.compile", "ninja")
+    with group as processes:
+        assert output_in(processes, COUNTED, digits).strip() == " ".join(str((name, 1)) for name in names)
+
+
+def test_commands_limit_openmp_to_the_quota() -> None:
+    with cpu_quota(1) as processes:
+        assert output_in(processes, COMMAND).split() == ["1"]
