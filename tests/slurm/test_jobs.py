@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import Job, start_job, uninterrupted
+from tests.support.runs import ranks_of
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_orphans")]
 
@@ -51,11 +54,35 @@ def test_a_crashing_run_is_restarted_only_so_often(cluster: Cluster, tmp_path: P
     options = ("--data", digits, "--zero", "0", "--stop-after", "4")
     job = start_job(cluster, tmp_path / "run", "--nodes", "1", "--restarts", "1", options=options, CRASH_AT="2")
     ended = job.end()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), job.log
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0"), job.log
     assert steps_of(job, 0) == steps_of(job, 1) == [0, 1, 2]
+    assert "restarting in the allocation: crashed (status failed, srun returned 1)" in job.log
     assert status(job.run)["status"] == "failed"
     assert "injected fault" in status(job.run)["reason"]
     assert "giving up after 1 restarts without a new checkpoint (last: none)" in job.log
+
+
+@pytest.mark.slow
+def test_a_second_failure_without_a_checkpoint_gets_new_nodes(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    options = ("--data", digits, "--zero", "0", "--stop-after", "4")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "1", "--restarts", "2", options=options, CRASH_AT="2")
+    ended = job.end()
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), job.log
+    assert [steps_of(job, start) for start in range(4)] == [[0, 1, 2]] * 3 + [[]]
+    assert job.log.count("restarting in the allocation") == 1
+    assert job.log.count("requeueing: ") == 1
+
+
+def test_a_killed_rank_is_replaced_without_a_requeue(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    options = ("--data", digits, "--zero", "1", "--save-every", "3", "--stop-after", "20")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "2", options=options, PACE="0.5")
+    job.wait_for_step(7)
+    (killed,) = (pid for pid in ranks_of(job.run) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(killed, signal.SIGKILL)
+    ended = job.end()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log
+    assert steps_of(job, 1)[0] in (3, 6)  # the last checkpoint
+    assert job.batches() == uninterrupted(digits, 20)
 
 
 @pytest.mark.slow
