@@ -30,6 +30,7 @@ BADPUT_TYPES = {
 }
 CUSTOM_BADPUT_EVENTS = {EVALUATION: "EVAL_STEP", QUEUED: "QUEUED"}
 CATEGORIES = (TRAINING, WAITING, EVALUATION, SAVING, RESTORE, STARTUP, LOST, DOWN, QUEUED, OTHER)
+FINISHED = "finished"
 CLOCK_TOLERANCE = 2.0
 """Seconds by which times may go back without a note. The kernel gives the start of a process with an error of 1 s."""
 
@@ -75,7 +76,8 @@ class Goodput:
 
     @property
     def wall(self) -> float:
-        """Seconds from the beginning of the first start to the last line."""
+        """Seconds from the beginning of the first start to the last line, without those between the end of a finished
+        run and the start that extends it."""
         return sum(self.categories.values())
 
     @property
@@ -111,7 +113,7 @@ class Goodput:
             "badput_time": badput,
             "max_productive_step": max(start.last_step for start in self.starts),
             "lost_steps": self.lost_steps,
-            "disruption_count": sum(start.ended != "finished" for start in self.starts[:-1]),
+            "disruption_count": sum(start.ended != FINISHED for start in self.starts[:-1]),
             "running": self.running,
             "starts": [asdict(start) | {"goodput": round(start.goodput, 6)} for start in self.starts],
             "notes": list(self.notes),
@@ -130,7 +132,7 @@ def goodput(lines: Sequence[dict[str, Any]], *, status: str | None = None, alive
     typical = [seconds for start in found for seconds in _step_seconds(start)]
     done: list[_Start] = []
     for start, kept, following in zip(found, kept_steps(found), [*found[1:], None], strict=True):
-        spent = _Start(start, kept, typical, done[-1].time if done else -inf)
+        spent = _Start(start, kept, typical, done[-1] if done else None)
         if following is None:
             spent.close(status=status, alive=alive)
         else:
@@ -150,22 +152,24 @@ class _Start:
     Args:
         kept: last step that no later start repeated.
         typical: durations of steps of the whole run.
-        ended_at: end of the previous start; -infinity: there is none.
+        previous: the previous start; None: there is none.
     """
 
-    def __init__(self, lines: Sequence[Line], kept: float, typical: Sequence[float], ended_at: float) -> None:
+    def __init__(self, lines: Sequence[Line], kept: float, typical: Sequence[float], previous: _Start | None) -> None:
         self._lines, self._kept = lines, kept
         self._head = lines[0] if lines[0]["kind"] == "start" else {}
         steps = _step_seconds(lines) or typical
         self._step_seconds = median(steps) if steps else None
         self.categories = dict.fromkeys(CATEGORIES, 0.0)
         self.notes: list[str] = []
-        self.time = self._begin(ended_at)
+        self.time: float = self._begin(-inf if previous is None else previous.time)
+        if previous is not None and previous.ended == FINISHED:
+            self.categories[DOWN] = 0.0  # nothing was left to do until the run was extended or returned to a checkpoint
         self._open = 0.0
         self._stepped = False
         self._step = first_step(lines)
         self._lost_steps = 0
-        self._ended = ""
+        self.ended: str = ""
         for line in lines:
             passed = line["time"] - self.time
             self._note_clock(passed)
@@ -211,9 +215,9 @@ class _Start:
         elif kind == "checkpoint":
             spent[LOST if step > self._kept else SAVING] += self._take(_duration(line))
         elif kind == "stop":
-            self._ended = f"preempted ({line['reason']})"
+            self.ended = f"preempted ({line['reason']})"
         elif kind == "end":
-            self._ended = "finished"
+            self.ended = FINISHED
             spent[SAVING] += self._take()  # the last checkpoint and the weights have been written
 
     def _add_interval(self, line: Line) -> None:
@@ -236,10 +240,10 @@ class _Start:
 
     def close_before(self, following: Sequence[Line]) -> None:
         """Add the time from the last line to the end of this start, after which a run was resumed."""
-        if not self._ended:
-            self._ended = "killed"
+        if not self.ended:
+            self.ended = "killed"
             self._add_unlogged(following[0].get("previous_alive"), following[0].get("previous_step"))
-        elif self._ended != "finished":
+        elif self.ended != FINISHED:
             kinds = [line["kind"] for line in following if line["kind"] in {"train", *EVALUATIONS}]
             repeats_evaluation = next(iter(kinds), "") in EVALUATIONS  # this one did not finish it
             self.categories[LOST if repeats_evaluation else SAVING] += self._take()
@@ -247,11 +251,11 @@ class _Start:
 
     def close(self, *, status: str | None, alive: float | None) -> None:
         """Add the time from the last line to the end of the last start; arguments as in `goodput`."""
-        if not self._ended:
-            self._ended = status or "unknown"
-            if self._ended != "running" or not self._stepped:
+        if not self.ended:
+            self.ended = status or "unknown"
+            if self.ended != "running" or not self._stepped:
                 self._add_unlogged(alive, None)
-        elif self._ended != "finished":
+        elif self.ended != FINISHED:
             self.categories[SAVING] += self._take()
         self.categories[OTHER] += self._take()
 
@@ -274,7 +278,7 @@ class _Start:
             last_step=self._step,
             lost_steps=self._lost_steps,
             world=self._head.get("world"),
-            ended=self._ended,
+            ended=self.ended,
             wall=sum(seconds for name, seconds in self.categories.items() if name not in (DOWN, QUEUED)),
             training=self.categories[TRAINING],
         )

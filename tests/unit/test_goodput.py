@@ -285,3 +285,20 @@ def test_command_rejects_a_folder_without_metrics_and_empty_metrics(
     write(tmp_path, [])
     assert main(["goodput", str(tmp_path)]) == 2
     assert "contains no lines" in capsys.readouterr().err
+
+
+def test_the_pause_between_a_finished_run_and_its_extension_does_not_count() -> None:
+    day = 86_400.0
+    finished = simulate([], total=10, log_every=5, save_every=5).lines
+    times = {"time": day, "step": 10, "started": day}
+    extension = [{name: value + times.get(name, 0) if name in times else value for name, value in line.items()}
+                 for line in finished]  # fmt: skip
+    alone, both = goodput(finished), goodput([*finished, *extension])
+    assert both.categories["down time"] == 0
+    assert both.wall == pytest.approx(2 * alone.wall)
+    assert both.categories["training"] == pytest.approx(2 * alone.categories["training"])
+    assert [(start.first_step, start.last_step, start.ended) for start in both.starts] == [
+        (0, 10, "finished"),
+        (10, 20, "finished"),
+    ]
+    assert (both.lost_steps, both.to_dict()["disruption_count"]) == (0, 0)
