@@ -18,8 +18,7 @@ from launch.models.specification import ModelSpec, spec_in_file
 from launch.models.weights import restore_model
 from launch.optim.zero_state import weights_of
 from launch.run.checkpoint import META, STATE, Checkpoint, open_checkpoint
-from launch.run.checkpoint_folder import CheckpointFolder
-from launch.run.folder import CHECKPOINTS
+from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run, restore_class_names
 from launch.run.weights_files import weights_file
 from shards.errors import UserError, about_file

@@ -24,7 +24,7 @@ from launch.machine.provenance import device_name
 from launch.machine.world import World, broadcast_from_rank0
 from launch.optim.fine_tuning import classifier_of, set_grad_checkpointing
 from launch.optim.optimizers import parameter_groups
-from launch.run.folder import will_resume
+from launch.resume.decision import ResumeDecision, decide_resume
 from launch.run.saved_recipe import inherit_options, read_previous_start
 from launch.run.weights_files import best_weights_file
 from launch.teacher import load_teacher
@@ -42,8 +42,8 @@ class PreparedRun:
     execution: Execution
     teacher: Teacher | None
     """Teacher of a distillation, on the CPU."""
-    resumes: bool
-    """Whether the run folder has checkpoints from which this start resumes."""
+    resume: ResumeDecision
+    """From which checkpoint this start resumes."""
     previous_dali: DaliOptions | None
     """Options of DALI at the run's previous start; None: unknown, or a new run."""
     messages: tuple[str, ...]
@@ -64,8 +64,8 @@ def prepare_run(
     Raises:
         UserError: recipe, data and world size do not fit together.
     """
-    resumes = broadcast_from_rank0(lambda: will_resume(recipe), world)
-    saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])
+    resume = broadcast_from_rank0(lambda: decide_resume(recipe.run.out, recipe.checkpoint.resume), world)
+    saved, messages = read_previous_start(resume.run, world) if resume.resumes else (None, [])
     previous_dali = None
     if saved is not None:
         previous_dali = saved.recipe.data.loader.dali
@@ -76,9 +76,9 @@ def prepare_run(
     feed = Feed.of(recipe, world)
     check_memory(feed)
     built = build_parts(feed)
-    loaded = () if resumes else built.loaded
+    loaded = () if resume.resumes else built.loaded
     messages += [*loaded, *built.teacher_messages]
-    return PreparedRun(feed, built.model, built.execution, built.teacher, resumes, previous_dali, tuple(messages))
+    return PreparedRun(feed, built.model, built.execution, built.teacher, resume, previous_dali, tuple(messages))
 
 
 class Parts(NamedTuple):

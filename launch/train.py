@@ -53,8 +53,8 @@ from launch.resilience.preflight import preflight
 from launch.resilience.run_lock import FolderLock
 from launch.resilience.stop_signals import Phase, StopSignals, Unsaved
 from launch.resilience.watchdog import Watchdog
-from launch.run.checkpoint_folder import CheckpointFolder
-from launch.run.folder import CHECKPOINTS, RunFolder
+from launch.resume.folder import RunFolder
+from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
 from launch.run.progress import Progress
 from launch.run.status import (
     EXIT_STATUS,
@@ -99,15 +99,14 @@ def train(
     restore = time.perf_counter()
     state, resume_messages = folder.resume()
     restore = time.perf_counter() - restore
-    if previous is not None and previous.status == "finished" and feed.finished(state):
+    if previous is not None and previous.status == "finished" and feed.finished(state) and not folder.chosen:
         with folder:
-            target = recipe.run.target_top1 if state.step < feed.last_step else None
-            DISPLAY.print(already_finished(state, folder.path, target=target))
+            DISPLAY.print(already_finished(state, feed))
         if trackers is not None:
             trackers.finish()
         return
     DISPLAY.phase("starting the loader")
-    start = StartInfo(previous=previous, restore_seconds=restore, queued=queued_at())
+    start = StartInfo(previous=previous, restore_seconds=restore, queued=queued_at(), origin=folder.origin)
     with (
         Metrics(recipe, feed, engine, state, trackers, display=DISPLAY, start=start) as metrics,
         folder,  # writes RUN/status before the trackers are closed, which may take half a minute
@@ -133,17 +132,17 @@ def train(
             metrics.print(plot(folder.path))
 
 
-def already_finished(progress: Progress, run: Path, *, target: float | None) -> str:
-    """Return the message of a start whose run needs no further steps.
-
-    Args:
-        target: the top-1 accuracy that ended the run before its last step, if the run has reached it.
-    """
+def already_finished(progress: Progress, feed: Feed) -> str:
+    """Return the message of a start whose run needs no further steps."""
+    run, epochs = feed.recipe.run, feed.recipe.optim.epochs
     best = f", best top-1 {progress.best:.2%}" if progress.best_of else ""
-    advice = "start a run with more --epochs and another --out"
-    if progress.reached(target):
-        advice = f"use a higher --target-top1 than {target:g}, or omit it"
-    return f"already finished: {progress.step:,} steps{best}; the weights are in {run}; to train longer, {advice}"
+    if progress.step < feed.last_step:  # it has reached the target
+        advice = f"run the same command with a --target-top1 above {run.target_top1:g}, or without it"
+    elif progress.step < feed.total_steps:
+        advice = f"run the same command with a --stop-after above {progress.step}, or without it"
+    else:
+        advice = f"run the same command with --epochs {epochs + 1} or more (the schedule then spans all of them)"
+    return f"already finished: {progress.step:,} steps{best}; the weights are in {run.out}; to train longer, {advice}"
 
 
 def queued_at() -> float | None:
@@ -177,7 +176,7 @@ def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Componen
     DISPLAY.phase(f"reading the index of {recipe.data.data}, and building {recipe.model.spec}")
     prepared = prepare_run(recipe, world)
     data_set = Path(str(prepared.feed.dataset.path)).name
-    trackers = start_trackers(prepared.recipe, world, resumes=prepared.resumes, data_set=data_set)
+    trackers = start_trackers(prepared.recipe, world, resumes=prepared.resume.kind == "newest", data_set=data_set)
     lock.acquire(world, create=True)
     DISPLAY.phase("checking the kernels")
     # Kernels that fail the check are disabled before the model is compiled or captured with them.
@@ -217,8 +216,9 @@ def parse_once() -> Recipe:
 
 def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
     """Start or resume the run of a recipe; return the exit status."""
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+    if recipe.checkpoint.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         # `--resume never` excludes only checkpoints from before the job was submitted: a requeued job resumes its own.
+        # RUN/origin.json has the same effect if a checkpoint was chosen (`launch.resume.decision`).
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     run = recipe.run.out
     lock = FolderLock(run, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))

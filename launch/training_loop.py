@@ -17,8 +17,8 @@ from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested
 from launch.resilience.stop_signals import Phase
 from launch.resilience.watchdog import Watchdog
+from launch.resume.folder import RunFolder
 from launch.run.evaluation_record import EvaluationInfo
-from launch.run.folder import RunFolder
 from launch.run.progress import WEIGHTS_KINDS, Progress, WeightsKind, best_weights
 from launch.run.status import Preempted
 from pipeline.loader import EvalLoader, TrainLoader

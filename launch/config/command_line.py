@@ -31,8 +31,8 @@ RecipeFiles = Annotated[
     tyro.conf.arg(
         help="TOML file of options, in sections named like the groups below: [model], [data], [optim] and so on; or "
         "the name of a recipe of this project ('pipeline recipes' lists them); or the recipe.json of a run, whose "
-        "options except --out are used. Later files override earlier ones. Options on the command line override all "
-        "files.",
+        "options except --out and --resume are used. Later files override earlier ones. Options on the command line "
+        "override all files.",
         help_behavior_hint="(repeatable)",
     ),
 ]
@@ -160,15 +160,18 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
 
 
 def _of_run(saved: Any) -> dict[str, Any]:
-    """Return the options in the content of a recipe.json, without the run folder: a new run needs its own.
+    """Return the options in the content of a recipe.json, without --out and --resume: a new run needs its own.
 
     Raises:
         ValueError: the content is not that of a recipe.json.
     """
     if not isinstance(saved, dict) or not isinstance(recipe := saved.get("recipe"), dict):
         raise ValueError("expected the recipe.json of a run folder")
-    run = recipe.get("run")
-    return recipe | ({"run": {name: run[name] for name in run if name != "out"}} if isinstance(run, dict) else {})
+    return recipe | {
+        section: {name: value for name, value in values.items() if name != own}
+        for section, own in (("run", "out"), ("checkpoint", "resume"))
+        if isinstance(values := recipe.get(section), dict)
+    }
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

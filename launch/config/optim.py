@@ -38,8 +38,8 @@ class OptimConfig:
     1904.00962), AdamW with a learning rate per weight tensor, for large batches; it does not support ZeRO. It cannot
     change when a run is resumed."""
     epochs: Annotated[int, Interval(ge=1, le=1_000_000)] = 300
-    """Epochs, that is, passes over the training split. The learning-rate schedule spans all of them. It cannot change
-    when a run is resumed."""
+    """Epochs, that is, passes over the training split. The learning-rate schedule spans all of them. More epochs extend
+    a run, even a finished one: the schedule is then that of the new number of epochs."""
     lr: Annotated[Rate | None, default("5e-4 x global batch / 512")] = None
     """Peak learning rate, which is reached when warm-up ends."""
     schedule: Annotated[

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from launch.config.errors import RecipeError
+from launch.config.resume import ResumeOption
 from launch.machine.network import START_TIMEOUT
 from shards.option_help import default
 from shards.ranges import Seconds, Seed, Steps, check_ranges
@@ -38,9 +39,7 @@ class RunConfig:
     stop_after: Annotated[Steps | None, default("train all epochs")] = None
     """End the run after this many optimizer steps, counted from the start of training. The learning-rate schedule still
     spans all epochs."""
-    target_top1: Annotated[
-        Annotated[float, Interval(gt=0, le=1)] | None, default("train to the last step")
-    ] = None
+    target_top1: Annotated[Annotated[float, Interval(gt=0, le=1)] | None, default("train to the last step")] = None
     """Finish the run after the first evaluation whose top-1 accuracy, of the weights or of their EMA, is at least this
     fraction, such as 0.76. The learning-rate schedule still spans all epochs."""
     eval_every: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
@@ -57,9 +56,12 @@ class RunConfig:
 class CheckpointConfig:
     """Saving checkpoints and resuming from them."""
 
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = "auto"
     """auto = resume from the newest checkpoint of the run folder, if there is one; never = start from the beginning,
-    and move earlier checkpoints and metrics to checkpoints-before-N in the run folder."""
+    and move earlier checkpoints and metrics to checkpoints-before-N in the run folder; step:N or best = return to this
+    checkpoint of the run folder, and move later ones to checkpoints-before-N; a path = branch from the checkpoint in
+    this folder, or from the newest one of this run folder, into a new --out. The same command resumes the run that
+    results."""
     save_every: Annotated[Steps | None, default("after evaluations only")] = None
     """Optimizer steps between checkpoints, in addition to those after evaluations."""
     keep: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
@@ -70,6 +72,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        ResumeOption.parse(self.resume)
         if self.lock_wait is not None and self.lock_wait > MAX_LOCK_WAIT:
             raise RecipeError(
                 f"--lock-wait {self.lock_wait:g}: expected at most {MAX_LOCK_WAIT:g}, because the other ranks wait "

@@ -27,6 +27,7 @@ from launch.monitor.roofline import Roofline
 from launch.monitor.trackers import Trackers
 from launch.monitor.view import GAP, View
 from launch.run.metrics_file import MetricsLog
+from launch.run.origin import Origin
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import StatusContent
 from pipeline.batch import Batch
@@ -50,8 +51,10 @@ class StartInfo:
     """Time to load the checkpoint."""
     queued: float | None = None
     """Unix time since which the scheduler's job waited for this start; None: unknown."""
+    origin: Origin | None = None
+    """Checkpoint that was chosen with --resume, if this start begins at it."""
 
-    def fields(self) -> dict[str, float | None]:
+    def fields(self) -> dict[str, float | str | None]:
         """Return the fields of the "start" line."""
         training = self.previous.training if self.previous is not None and self.previous.interrupted else None
         return {
@@ -60,6 +63,8 @@ class StartInfo:
             "queued": self.queued,
             "previous_alive": None if training is None else training[1],
             "previous_step": None if training is None else training[0],
+            "origin": None if self.origin is None else self.origin.checkpoint,
+            "origin_digest": None if self.origin is None else self.origin.digest,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -118,6 +119,10 @@ def _facts(run: LoadedRun, lines: Lines, start: dict[str, Any]) -> dict[str, str
             "Global batch": f"{start['global_batch']:,} images",
             "Steps per epoch": f"{start['steps_per_epoch']:,}",
         }
+    for line in run.timeline.starts:
+        if line.get("origin"):
+            name = "Branched from" if Path(line["origin"]).is_absolute() else "Returned to"
+            found[name] = f"{line['origin']}, step {line['step']:,}"
     if (race := time_to_accuracy(lines)) is not None:
         found["Time to accuracy"] = race.describe()
     if run.saved and run.saved.recipe.data.data:

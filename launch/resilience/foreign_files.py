@@ -19,7 +19,7 @@ from shards.schema import parse_json
 
 # Files that a run replaces, appends to or removes.
 _WRITTEN = re.compile(
-    r"recipe\.json|classes\.json|status|metrics\.jsonl|curves\.png|(weights(-[a-z]+)*|evaluation)\.safetensors"
+    r"recipe\.json|origin\.json|classes\.json|status|metrics\.jsonl|curves\.png|(weights(-[a-z]+)*|evaluation)\.safetensors"
     r"|(first-batch|hardest)\.jpg|(tensorboard|wandb|mlflow|trackio)-id|stacks-rank\d+\.txt"
 )
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])

@@ -208,7 +208,7 @@ def _raise_read_error(path: Path, name: str, error: OSError) -> NoReturn:
 
 
 def _damaged(path: Path, fact: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{path}: damaged ({fact}); skipped")
+    return DamagedCheckpoint(f"{path}: damaged ({fact})")
 
 
 def render_meta(values: dict[str, Any]) -> str:

@@ -38,6 +38,8 @@ from launch.run.progress import Progress
 from shards.errors import UserError, storage_error
 from shards.files.durable import sync_folder
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of checkpoints in a run folder."""
 # Name of a checkpoint while it is written (tmp), or while a new checkpoint of the same step replaces it (replaced).
 UNFINISHED = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]{8}\.(tmp|replaced)")
 
@@ -135,7 +137,7 @@ class CheckpointFolder:
             try:
                 return read_checkpoint(entry.path, entry.step), skipped
             except DamagedCheckpoint as error:
-                skipped.append(str(error))
+                skipped.append(f"{error}; skipped")
                 self._damaged.add(entry.path)
         return None, skipped
 
@@ -158,9 +160,7 @@ class CheckpointFolder:
         """
         if self.is_empty() and not even_if_empty:
             return None
-        number = 1
-        while os.path.lexists(target := self.folder.with_name(f"{self.folder.name}-before-{number}")):
-            number += 1
+        target = self.folder.with_name(self.next_archive())
         try:
             self.folder.rename(target)  # atomic, so that a new run never finds only some of the old checkpoints
             self._create()
@@ -170,6 +170,51 @@ class CheckpointFolder:
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return target
+
+    def next_archive(self) -> str:
+        """Return the first unused name checkpoints-before-N in the run folder."""
+        number = 1
+        while os.path.lexists(self.folder.with_name(name := f"{self.folder.name}-before-{number}")):
+            number += 1
+        return name
+
+    def paths(self) -> dict[int, Path]:
+        """Return the paths of all checkpoints, damaged ones included, by step in ascending order.
+
+        Raises:
+            StorageFailed: the folder cannot be read.
+        """
+        return {entry.step: entry.path for entry in self._entries()}
+
+    def readable(self, *, last: int | None = None) -> tuple[list[Meta], list[str]]:
+        """Return the metadata of checkpoints in ascending order, and a message for each whose metadata is damaged.
+
+        Args:
+            last: last step to include; None: all.
+
+        Raises:
+            StorageFailed: the folder or a file cannot be read.
+            CheckpointError: a checkpoint was written in another version of the format.
+        """
+        found, damaged = [], []
+        for step, path in self.paths().items():
+            if last is None or step <= last:
+                try:
+                    found.append(read_meta(path, step))
+                except DamagedCheckpoint as error:
+                    damaged.append(f"{error}; skipped")
+        return found, damaged
+
+    def set_aside(self, archive: Path, *, after: int) -> list[int]:
+        """Move the checkpoints of steps after `after` to the folder `archive`; return their steps in ascending order.
+
+        Raises:
+            OSError: a folder cannot be written.
+        """
+        later = [entry for entry in self._entries() if entry.step > after]
+        for entry in reversed(later):
+            entry.path.rename(archive / entry.path.name)
+        return sorted({entry.step for entry in later})
 
     def _create(self) -> None:
         if not self.folder.is_dir():

@@ -63,6 +63,11 @@ class Start(Line):
     """Last time at which the previous start renewed RUN/status, if it was killed; None: it ended by itself."""
     previous_step: Count | None = None
     """Optimizer steps done by the previous start at `previous_alive`."""
+    origin: str | None = None
+    """Checkpoint that was chosen with --resume, if this start begins at it: that of another run from which this run
+    branched (an absolute path), or one of this run to which it returned; None: the newest one, or none."""
+    origin_digest: str | None = None
+    """xxh3-64 hash of the state in `origin`."""
 
 
 class RunStart(Line):

@@ -14,6 +14,7 @@ import fat
 from launch.config.recipe import Recipe
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import read_regular
+from launch.run.origin import Origins
 from shards.errors import UserError
 from shards.format.manifest import MAX_MANIFEST_BYTES
 from shards.schema import parse_json
@@ -45,6 +46,8 @@ class SavedRun:
     kernels: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
     git: str | None = None
+    origins: Origins = field(default_factory=Origins)
+    """Checkpoints that were chosen with `--resume`."""
 
 
 _SCHEMA = TypeAdapter(SavedRun)

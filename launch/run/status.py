@@ -36,6 +36,8 @@ STOP_SECONDS = 2.0
 BEFORE_NAME = "status-before"
 """Name to which `launch/slurm/train.sbatch` renames the status of the previous start."""
 
+RESUME_HINT = "correct this, then start the run again: it resumes"
+
 _LIMIT = 1 << 20
 
 

@@ -62,14 +62,22 @@ class WeightsFiles:
             tensors = weights_of(state, average=kind == "average")
             if not tensors:
                 continue
-            info = replace(self._info, step=progress.step, top1=progress.top1.get(kind), ema=kind == "average")
+            info = self._describe(progress, kind)
             # The best ones first: the last ones tell which step has been written completely.
             for path in self._paths(kind, info):
-                try:
-                    write_weights(path, tensors, info)
-                except (OSError, SafetensorError) as error:
-                    fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-                    raise CheckpointError(f"{path}: the weights could not be written ({fact})") from error
+                _write(path, tensors, info)
+
+    def write_best(self, state: dict[str, Tensor], progress: Progress, kind: WeightsKind) -> None:
+        """Write the weights of a canonical state as the best ones of a kind, if the state has that kind.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if tensors := weights_of(state, average=kind == "average"):
+            _write(weights_file(self._run, "best", kind), tensors, self._describe(progress, kind))
+
+    def _describe(self, progress: Progress, kind: WeightsKind) -> fat.WeightsInfo:
+        return replace(self._info, step=progress.step, top1=progress.top1.get(kind), ema=kind == "average")
 
     def _paths(self, kind: WeightsKind, info: fat.WeightsInfo) -> Iterator[Path]:
         best = weights_file(self._run, "best", kind)
@@ -77,6 +85,14 @@ class WeightsFiles:
         if info.top1 is not None and info.top1 > _top1_in(best):
             yield best
         yield weights_file(self._run, "last", kind)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], info: fat.WeightsInfo) -> None:
+    try:
+        write_weights(path, tensors, info)
+    except (OSError, SafetensorError) as error:
+        fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise CheckpointError(f"{path}: the weights could not be written ({fact})") from error
 
 
 def _top1_in(path: Path) -> float:

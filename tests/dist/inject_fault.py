@@ -33,7 +33,7 @@ import torch
 import xxhash
 
 import fat
-import launch.run.folder
+import launch.resume.folder
 import launch.train
 from launch.config.command_line import parse
 from launch.engine.build import build_model
@@ -178,7 +178,7 @@ def main() -> int:
     }
     Engine.step = steps[kind]  # type: ignore[method-assign]
     if kind == "disk":
-        launch.run.folder.BackgroundWriter = RecordedWriter  # type: ignore[misc]
+        launch.resume.folder.BackgroundWriter = RecordedWriter  # type: ignore[misc]
     if kind == "start":
         launch.train.check_training_kernels = terminated
     if kind == "stop":

@@ -128,3 +128,29 @@ def test_the_record_of_an_evaluation_has_every_image_once(
     assert record.losses.mean() == pytest.approx(evaluations[better]["loss"], rel=1e-5)
     assert len(record.thumbnails) == len(record.hardest) == 24
     assert all((tmp_path / "run" / name).exists() for name in ("first-batch.jpg", "hardest.jpg"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_return_and_a_branch_equal_the_run_bit_by_bit(
+    train: Trainer, tmp_path: Path, digits: Path, ranks: int
+) -> None:
+    """With mixed images and drop path, from the middle of an epoch.
+
+    Of two ranks, every save averages BatchNorm's statistics, so the steps of saves must be the same.
+    """
+    mixed = ("--augment", "fat", "--drop-path", "0.1")
+    options = (*FEW_STEPS, "--data", digits, *mixed, "--stop-after", "5", "--save-every", "2")
+
+    def weights(name: str, *more: str | Path) -> dict[str, torch.Tensor]:
+        done = train(*options, "--out", tmp_path / name, *more, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / name / "weights-last.safetensors")
+
+    whole = weights("whole")
+    branched = weights("branch", "--resume", tmp_path / "whole" / "checkpoints" / "step-00000002")
+    returned = weights("whole", "--resume", "step:2")
+    assert [line["step"] for line in lines(tmp_path / "branch", "start")] == [2]
+    assert [line["step"] for line in lines(tmp_path / "whole", "start")] == [0, 2]
+    for found in (branched, returned):
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)

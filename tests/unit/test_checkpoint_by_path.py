@@ -40,7 +40,7 @@ def test_folder_with_another_name_is_no_checkpoint(tmp_path: Path, name: str) ->
 
 def test_renamed_checkpoint_is_damaged(tmp_path: Path) -> None:
     path = saved(tmp_path, Progress(step=20, epoch=2)).rename(tmp_path / "step-00000030")
-    with pytest.raises(DamagedCheckpoint, match=r"damaged \(meta.json: written for step 20\); skipped"):
+    with pytest.raises(DamagedCheckpoint, match=r"damaged \(meta.json: written for step 20\)$"):
         open_checkpoint(path)
 
 

@@ -14,7 +14,7 @@ from launch.config.command_line import parse
 from launch.evaluated_model import load_model
 from launch.feed import Feed
 from launch.machine.world import World
-from launch.run.fingerprint import fingerprint
+from launch.resume.fingerprint import fingerprint
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import UserError

@@ -19,7 +19,7 @@ from launch.engine.memory import check_batches_fit
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.monitor.view import View
-from launch.run.fingerprint import fingerprint
+from launch.resume.fingerprint import fingerprint
 from launch.run.weights_files import describe_weights
 from launch.slurm.job import Submit, SubmitError, fits
 from pipeline.batch_shape import PlanError

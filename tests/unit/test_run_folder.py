@@ -1,12 +1,11 @@
-"""The run folder (launch/run/folder.py): resuming, rejected checkpoints, failed saves, finishing."""
+"""The run folder (launch/resume/folder.py): resuming, rejected checkpoints, failed saves, finishing."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,32 @@ from safetensors.torch import load_file, save_file
 import fat
 from launch.config.command_line import parse
 from launch.config.errors import RecipeError
-from launch.engine.engine import Engine
-from launch.engine.kernel_check import KernelCheckResult
-from launch.feed import Feed
-from launch.machine.world import World
 from launch.resilience.stop_signals import StopSignals
+from launch.resume.decision import decide_resume
+from launch.resume.folder import RunFolder
 from launch.run import checkpoint, weights_files
 from launch.run.checkpoint import CheckpointError
 from launch.run.checkpoint_writer import MAX_FAILURES
-from launch.run.folder import RunFolder, will_resume
 from launch.run.progress import Progress
 from launch.run.status import RunFailed, read_content, read_status, write_status
 from launch.train import plot, run_recipe
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
+from tests.support.run_folder_starts import run_folder, save
 from tests.support.training_loop import CONFIG
 
 Folders = Callable[..., RunFolder]
 
 
 @pytest.fixture
-def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
+def folders(digits: Path, tmp_path: Path) -> Folders:
     """Return a function that creates the run folder of a start, with a small network."""
 
     def make(*options: str, out: Path = tmp_path / "run") -> RunFolder:
-        small = ("--size", "32", "--global-batch", "64", "--warmup-epochs", "0", "--epochs", "3", "--zero", "0")
-        recipe = parse(["--data", str(digits), "--out", str(out), *small, *options])
-        feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
-        model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
-        engine = Engine(model, recipe, feed.world, shapes=feed.input_shapes)
-        out.mkdir(parents=True, exist_ok=True)
-        return RunFolder(recipe, feed, engine, KernelCheckResult())
+        return run_folder(digits, out, *options)
 
     return make
-
-
-def save(folder: RunFolder, *steps: int) -> None:
-    for step in steps:
-        folder.save(Progress(step=step, epoch=step // 22, epoch_step=step % 22))
-    assert folder.save_errors() == []
 
 
 def start(folders: Folders, *steps: int) -> Path:
@@ -128,13 +113,19 @@ def test_unreadable_checkpoints_end_the_start(folders: Folders, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", failing)
         with pytest.raises(StorageFailed, match="checkpoints: cannot be read"):
-            will_resume(folders()._recipe)
+            decide_resume(folders().path, "auto")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000014", "step-00000021"]
 
 
 @pytest.mark.parametrize(
     ("option", "restarts", "resume"),
-    [("never", "0", "never"), ("never", "1", "auto"), ("never", None, "never"), ("auto", "2", "auto")],
+    [
+        ("never", "0", "never"),
+        ("never", "1", "auto"),
+        ("never", None, "never"),
+        ("auto", "2", "auto"),
+        ("step:5", "1", "step:5"),  # RUN/origin.json tells that this has been done
+    ],
 )
 def test_requeued_slurm_job_resumes_despite_resume_never(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, restarts: str | None, resume: str

@@ -98,7 +98,7 @@ def test_a_run_that_has_done_all_steps_needs_more_epochs_and_not_another_target(
     digits: Path, complete: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(train, *OPTIONS, "--data", digits, "--out", complete, "--target-top1", "0.01") == 0
-    assert "to train longer, start a run with more --epochs and another --out" in capsys.readouterr().err
+    assert "to train longer, run the same command with --epochs 4 or more" in capsys.readouterr().err
 
 
 def test_a_start_that_was_killed_after_its_last_save_is_finished_without_further_steps(

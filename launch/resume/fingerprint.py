@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import fat
 from fat.weights.classifier import difference
 from launch.config.recipe import Recipe
 from launch.feed import Feed
-from launch.run.checkpoint import Checkpoint, CheckpointError, Fingerprint
+from launch.run.checkpoint import Checkpoint, CheckpointError, Fingerprint, Scalar
+from launch.run.progress import Progress
 from launch.run.saved_recipe import restore_class_names
 
 
@@ -28,7 +29,6 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             "lanes": plan.lanes,
             "shuffle_block_size": plan.shuffle_block_size,
             "seed": plan.seed,
-            "epochs": optim.epochs,
             "optimizer": optim.optimizer,
             "freeze_backbone": recipe.model.freeze_backbone,
             "train_samples": plan.samples,
@@ -45,8 +45,8 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
             **{
                 name: getattr(optim, name)
                 for name in (
-                    *("lr", "warmup_lr", "min_lr", "layer_decay", "head_lr_scale", "weight_decay", "eps", "momentum"),
-                    *("nesterov", "clip_grad", "loss", "bce_target_threshold", "label_smoothing", "ema"),
+                    *("epochs", "lr", "warmup_lr", "min_lr", "layer_decay", "head_lr_scale", "weight_decay", "eps"),
+                    *("momentum", "nesterov", "clip_grad", "loss", "bce_target_threshold", "label_smoothing", "ema"),
                 )
             },
             **{
@@ -70,26 +70,75 @@ def fingerprint(recipe: Recipe, feed: Feed, *, teacher: str | None) -> Fingerpri
 
 
 def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
-    """Check that a run may resume from a checkpoint; return the differences that are permitted.
+    """Check that a run may resume from its checkpoint; return the differences that are permitted.
 
     Raises:
         CheckpointError: options that determine the batches or steps differ; the message names them.
     """
-
-    def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        return [f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
-
     fixed = found.fingerprint.fixed
     added = fixed.get("val_index") is None and current.fixed.get("val_index") is not None
     if added:  # a new validation split is permitted: there are no earlier accuracies to compare with
         fixed = fixed | {"val_index": current.fixed["val_index"]}
-    if changed := changes(fixed, current.fixed):
+    if changed := _changes(fixed, current.fixed):
         raise CheckpointError(
             f"{found.path}: saved by a run with other options ({'; '.join(changed)}); use the same options, another "
-            "run folder (--out), or --resume never, which keeps the old checkpoints in checkpoints-before-N"
+            "run folder (--out), into which --resume can branch from a checkpoint, or --resume never, which keeps the "
+            "old checkpoints in checkpoints-before-N"
         )
     permitted = ["the data set had no validation split, and has one now"] if added else []
-    return permitted + changes(found.fingerprint.free, current.free)
+    return permitted + _changes(found.fingerprint.free, current.free)
+
+
+# Options in `Fingerprint.fixed` that may differ in a branch. They change the images and labels of later batches, but
+# neither which samples a batch has nor the meaning of the saved tensors.
+FREE_IN_BRANCH = ("augmentation", "size_schedule", "min_strength", "teacher", "val_index")
+# Options that decide the order of samples within an epoch. A branch may change them where an epoch ends: after each
+# complete epoch, every order has used every sample.
+FREE_BETWEEN_EPOCHS = ("seed", "lanes", "shuffle_block_size")
+# Options whose change makes accuracies incomparable with those before the branch.
+_EVALUATED = ("val_index", "eval_size", "crop_pct")
+
+
+def check_branch(found: Checkpoint, current: Fingerprint) -> list[str]:
+    """Check that a new run may branch from a checkpoint; return the differences that are permitted.
+
+    Raises:
+        CheckpointError: options differ that the saved tensors or the position in the data depend on.
+    """
+    before, position = found.fingerprint.fixed, found.progress.epoch_step
+    changed = {key: value for key, value in current.fixed.items() if before.get(key) != value}
+    within = [key for key in changed if key in FREE_BETWEEN_EPOCHS and position]
+    rejected = {key: changed[key] for key in changed if key not in (*FREE_IN_BRANCH, *FREE_BETWEEN_EPOCHS)}
+    if rejected:
+        raise CheckpointError(
+            f"{found.path}: a branch cannot change these options ({'; '.join(_changes(before, rejected))}), because "
+            "the saved model, optimizer and position in the data depend on them; use the same options, or start a new "
+            "run from the weights of that run with --weights"
+        )
+    if within:
+        facts = _changes(before, {key: changed[key] for key in within})
+        raise CheckpointError(
+            f"{found.path}: is within an epoch ({position:,} steps after its beginning), where a branch cannot change "
+            f"the order of the samples ({'; '.join(facts)}); use the same options, or branch from a checkpoint at the "
+            "end of an epoch"
+        )
+    return _changes(before, changed) + _changes(found.fingerprint.free, current.free)
+
+
+def first_progress(found: Checkpoint, current: Fingerprint) -> Progress:
+    """Return the progress with which a branch begins.
+
+    Its best accuracy is that of the checkpoint itself: the new run folder has no weights of earlier steps.
+    """
+    earlier, progress = found.fingerprint, found.progress
+    before, now = earlier.fixed | earlier.free, current.fixed | current.free
+    comparable = all(before.get(name) == now.get(name) for name in _EVALUATED)
+    first = replace(progress, best=0.0, best_of=None, is_best=False, top1={})
+    return first.evaluated(progress.top1) if progress.top1 and comparable else first
+
+
+def _changes(before: dict[str, Scalar], now: dict[str, Scalar]) -> list[str]:
+    return [f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
 
 
 def check_classes(found: Checkpoint, current: fat.ClassList, *, run: Path) -> None:

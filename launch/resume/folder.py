@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
@@ -21,16 +20,27 @@ from launch.engine.kernel_check import KernelCheckResult
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
 from launch.machine.world import broadcast_from_rank0
+from launch.resume.decision import ResumeDecision
+from launch.resume.fingerprint import fingerprint
+from launch.resume.resumption import Resumption
 from launch.run.checkpoint import Checkpoint, CheckpointError
-from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
 from launch.run.checkpoint_writer import MAX_FAILURES, BackgroundWriter
-from launch.run.evaluation_record import RECORD_NAME
 from launch.run.files import check_writable, unwritable
-from launch.run.fingerprint import check_classes, check_fingerprint, check_position, fingerprint
-from launch.run.metrics_file import METRICS_NAME, check_metrics
+from launch.run.metrics_file import check_metrics
+from launch.run.origin import Origin, Origins, read_origins
 from launch.run.progress import Progress
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
-from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, StatusRenewal, read_content, write_status
+from launch.run.status import (
+    RESUME_HINT,
+    STATUS_NAME,
+    Preempted,
+    RunFailed,
+    Status,
+    StatusRenewal,
+    read_content,
+    write_status,
+)
 from launch.run.weights_files import WeightsFiles, all_weights_files, describe_weights
 from shards.errors import UserError
 from shards.files.durable import durable_write, is_temporary
@@ -38,12 +48,9 @@ from shards.redact import printable, redacted
 
 T = TypeVar("T")
 
-CHECKPOINTS = "checkpoints"
-RESUME_HINT = "correct this, then start the run again: it resumes"
-
 # Names of files whose temporary copies are removed at the start, because a killed process may have left them.
 _WRITTEN = (
-    r"probe|recipe\.json|classes\.json|status|curves\.png|(weights(-ema)?-(best|last)|evaluation)\.safetensors"
+    r"probe|origin\.json|recipe\.json|classes\.json|status|curves\.png|(weights(-ema)?-(best|last)|evaluation)\.safetensors"
     r"|(first-batch|hardest)\.jpg"
 )
 
@@ -64,12 +71,16 @@ class RunFolder:
         self._weights = WeightsFiles(self.path, info)
         self._writer = BackgroundWriter(self._checkpoints, self._weights)
         self._fingerprint = fingerprint(recipe, feed, teacher=engine.teacher.digest if engine.teacher else None)
-        self._resumed = Progress()
+        self._resumption = Resumption(self.path, feed, self._fingerprint, self._checkpoints, self._weights)
+        self._resumed, self._origins = Progress(), Origins()
+        self.chosen = False
+        """Whether this start has returned the run to a checkpoint, or has branched from that of another run."""
 
     def resume(self) -> tuple[Progress, list[str]]:
-        """Resume from the newest undamaged checkpoint, if `--resume` permits it and there is one; write recipe.json.
+        """Load the checkpoint that `--resume` chooses, if there is one, and write recipe.json.
 
-        Collective: rank 0 chooses the checkpoint, all ranks read it.
+        Collective: rank 0 chooses the checkpoint, all ranks read it. Files are moved only after all ranks have loaded
+        it.
 
         Returns:
             The progress of the run, and messages.
@@ -80,16 +91,18 @@ class RunFolder:
             UserError: the folder cannot be written.
         """
         world, plan = self._engine.world, self._feed.plan
-        found, messages = broadcast_from_rank0(self._choose_checkpoint, world)
+        decision, found, messages = broadcast_from_rank0(self._choose_checkpoint, world)
+        resumed = f"starting in {self.path}"
         if found is not None:
-            changed = check_fingerprint(found, self._fingerprint)
-            check_position(found, plan.steps_per_epoch)
-            messages += [f"warning: {fact}; the run continues with the new value" for fact in changed]
             state = found.load()
             self._engine.load_state_dict(state, steps=found.progress.step)
-            self._resumed = found.progress
+            messages += broadcast_from_rank0(lambda: self._resumption.carry_out(decision, found, state), world)
+            self._resumed = self._resumption.first_progress(decision, found)
             if world.is_main:  # the previous trainer may have been killed after it wrote the checkpoint
-                self._writer.save_weights(state, found.progress)
+                self._writer.save_weights(state, self._resumed)
+            resumed = decision.describe(found, self.path)
+        self.chosen = decision.kind in ("rewind", "branch")
+        self._origins = broadcast_from_rank0(lambda: read_origins(self.path), world)
         if world.is_main:
             self._write_description()
         epochs = self._recipe.optim.epochs
@@ -98,47 +111,21 @@ class RunFolder:
             f"{self._engine.description}: {plan.samples:,} images of {self._feed.dataset.path}, {epochs} "
             f"epoch{'s' if epochs > 1 else ''} of {plan.steps_per_epoch:,} steps, {plan.global_batch:,} images per step"
         )
-        messages.append(f"resuming from {found.path}" if found else f"starting in {self.path}")
+        messages.append(resumed)
         return self._resumed, messages
 
-    def _choose_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+    @property
+    def origin(self) -> Origin | None:
+        """The checkpoint that was chosen with `--resume`, if this start begins at it."""
+        chosen = [self._origins.rewind, self._origins.branch]
+        return next((each for each in chosen if each and each.step == self._resumed.step), None)
+
+    def _choose_checkpoint(self) -> tuple[ResumeDecision, Checkpoint | None, list[str]]:
         """Return the checkpoint to resume from (None: start anew), and messages. Called only on rank 0."""
         check_metrics(self.path)
         self._remove_temporary_files()
         self._checkpoints.prepare()
-        if self._recipe.checkpoint.resume == "never":
-            archive = self._archive()
-            return None, [f"the earlier run's checkpoints and metrics are now in {archive}"] if archive else []
-        found, skipped = self._checkpoints.newest()
-        if found is not None:
-            check_classes(found, self._feed.class_list, run=self.path)
-        messages = [f"warning: {message}" for message in skipped]
-        if found is None and skipped:  # new checkpoints of the same steps would replace the damaged ones
-            messages.append(
-                "warning: all checkpoints are damaged, so the run starts from the beginning; the damaged checkpoints "
-                f"and the metrics are now in {self._archive()}"
-            )
-        elif found is None and all_weights_files(self.path):
-            messages.append(
-                f"warning: {self.path} has weights of an earlier run, but no checkpoints; its weights and metrics are "
-                f"now in {self._archive()}"
-            )
-        return found, messages
-
-    def _archive(self) -> Path | None:
-        """Move checkpoints, metrics, weights and the last evaluation to checkpoints-before-N; return that folder.
-
-        None if neither checkpoints nor weights exist.
-        """
-        weights = all_weights_files(self.path)  # without checkpoints, if an earlier start was killed in this function
-        archive = self._checkpoints.archive(even_if_empty=bool(weights))
-        try:
-            for path in (self.path / METRICS_NAME, self.path / RECORD_NAME, *weights):
-                if archive is not None and path.exists():
-                    path.rename(archive / path.name)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        return archive
+        return self._resumption.choose()
 
     def _remove_temporary_files(self) -> None:
         """Check that files can be written, and remove temporary files of trainers that were killed."""
@@ -289,6 +276,7 @@ class RunFolder:
             "kernels": asdict(self._kernels),
             "versions": versions(),
             "git": git_state(),
+            "origins": asdict(self._origins),
         }
         classes = self._feed.class_list.dumps() + "\n"
         try:
@@ -296,13 +284,3 @@ class RunFolder:
             durable_write(self.path / CLASSES_NAME, classes.encode())
         except OSError as error:
             raise unwritable(self.path, error) from error
-
-
-def will_resume(recipe: Recipe) -> bool:
-    """Return whether the run folder has checkpoints and `--resume` permits resuming from them.
-
-    Raises:
-        StorageFailed: the checkpoints cannot be listed.
-    """
-    out = recipe.run.out
-    return out.is_dir() and recipe.checkpoint.resume == "auto" and not CheckpointFolder(out / CHECKPOINTS).is_empty()
