@@ -151,13 +151,18 @@ def start_trackers(recipe: Recipe, world: World, *, resumes: bool, data_set: str
 
 
 def _last_steps(folder: Path) -> dict[str, int]:
-    """Return the highest step of each kind of line in the run's metrics."""
+    """Return the highest step of each kind of line in the run's metrics, since the run last returned to a checkpoint.
+
+    A start that returns to an earlier checkpoint begins a new run of the tracker.
+    """
     try:
         lines = read_metrics(folder, warn=lambda _: None)
     except OSError:
         return {}
     found: dict[str, int] = {}
     for line in lines:
+        if line["kind"] == "start" and line.get("origin"):
+            found.clear()
         found[line["kind"]] = max(found.get(line["kind"], -1), line.get("step", 0))
     return found
 

@@ -96,7 +96,9 @@ def wandb_steps(folder: Path, run: Path) -> Steps:
 
     wandb.teardown()  # its process has written the files
     steps: Steps = defaultdict(list)
-    for path in sorted(folder.glob(f"wandb/offline-run-*-{(run / 'wandb-id').read_text().strip()}/*.wandb")):
+    run_id = (run / "wandb-id").read_text().strip()
+    # The folder of a start in the same second as the one before it ends with a number.
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}*/*.wandb")):
         for content in _records(path):
             record = Record.FromString(content)
             if record.WhichOneof("record_type") == "history":

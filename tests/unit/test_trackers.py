@@ -42,11 +42,18 @@ def stored(name: str, local: Path, out: Path) -> tracker_readers.Steps:
     return readers[name]()
 
 
+START = {
+    "world": 1, "engine": "plain", "model": "fat_b0", "device": "some CPU", "host": "a", "total_steps": 8,
+    "steps_per_epoch": 4, "epochs": 2, "global_batch": 8, "started": 1.8e9,
+}  # fmt: skip
+
+
 class Start:
     """One start of a run whose metrics and trackers get the same lines, as from `launch.monitor.metrics.Metrics`."""
 
-    def __init__(self, name: str, out: Path, *, step: int = 0) -> None:
-        self.trackers = Trackers(recipe(name, out), resumes=step > 0, data_set="digits")
+    def __init__(self, name: str, out: Path, *, step: int = 0, resumes: bool | None = None) -> None:
+        resumes = step > 0 if resumes is None else resumes
+        self.trackers = Trackers(recipe(name, out), resumes=resumes, data_set="digits")
         out.mkdir(exist_ok=True)
         self.trackers.open(out, step=step)
         self._log = MetricsLog(out)
@@ -93,6 +100,26 @@ def test_a_resumed_run_has_each_step_once_in_its_tracker(
     assert steps["eval/top1"] == steps["eval-ema/loss"] == [4, 6, 8]
     assert {tag.split("/")[0] for tag in steps} == {"train", "eval", "eval-ema"}
     assert "train/slowest" not in steps
+
+
+@pytest.mark.parametrize("name", EVERY_TRACKER)
+def test_a_run_that_returns_to_a_checkpoint_is_another_run_of_the_tracker(
+    name: str, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard forgets the later steps; the others cannot, and keep them in the run that they had."""
+    library_of(name, monkeypatch)
+    out = local / "run"
+    first = Start(name, out)
+    first.train(*range(1, 9))
+    first.finish()
+    returned = Start(name, out, step=4, resumes=False)
+    returned.write("start", **START, step=4, origin="checkpoints/step-00000004")
+    returned.train(5, 6)
+    returned.finish()
+    resumed = Start(name, out, step=6)
+    resumed.train(7)
+    resumed.finish()
+    assert stored(name, local, out)["train/loss"] == [*([] if name in KEEPING else [1, 2, 3, 4]), 5, 6, 7]
 
 
 @pytest.mark.parametrize("name", EVERY_TRACKER)
