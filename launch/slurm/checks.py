@@ -12,6 +12,7 @@ from launch.engine.execution import Execution
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.prepare import build_parts
+from launch.resume.decision import decide_resume
 from launch.slurm.job import Submit, SubmitError, fits
 from shards.errors import UserError
 
@@ -19,8 +20,9 @@ from shards.errors import UserError
 def check_training(job: Submit, recipe: Recipe) -> Iterator[str]:
     """Check what training checks at its start, for the world size of the job; yield warnings.
 
-    Whether the job's nodes see the same files is not known, so that a wrong data set, weights file or teacher is a
-    warning. A data set on a server is not opened. Memory and devices are not checked: those of this machine differ.
+    Whether the job's nodes see the same files is not known, so that a wrong data set, checkpoint, weights file or
+    teacher is a warning. A data set on a server is not opened. Memory and devices are not checked: those of this
+    machine differ.
 
     Raises:
         UserError: the options contradict each other, whatever the files.
@@ -34,6 +36,10 @@ def check_training(job: Submit, recipe: Recipe) -> Iterator[str]:
     device = torch.device("cuda" if job.gpus_per_node else "cpu")  # only its type is used
     world = World(rank=0, size=nodes * processes, local_rank=0, local_size=processes, device=device)
     Execution.of(recipe, device, accumulation=1, ranks=world.size)
+    try:
+        decide_resume(recipe.run.out, recipe.checkpoint.resume)
+    except UserError as error:
+        yield f"the job fails unless its nodes have other files: {error}"
     try:
         if not isinstance(recipe.data.location(), Path):
             return

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.config.recipe import Recipe
+from launch.config.resume import ResumeOption
 from launch.slurm.job import ROOT, Submit, SubmitError, fits
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
@@ -115,6 +116,9 @@ def _container(job: Submit, recipe: Recipe) -> list[str]:
     data = recipe.data.location()
     if isinstance(data, Path):
         folders.append(data.absolute())
+    resume = ResumeOption.parse(recipe.checkpoint.resume)
+    if resume.kind == "path":
+        folders.append(resume.path.absolute())
     for path, forbidden in (*((str(folder), ",:") for folder in folders), *((mount, ",") for mount in job.mount)):
         if any(character in path for character in forbidden):
             raise SubmitError(f"{path}: a container mount cannot contain a comma or colon; use another folder")

@@ -66,11 +66,12 @@ def test_a_rendered_script_differs_from_the_template_only_in_its_head(tmp_path: 
     ],
 )
 def test_container_options(container: str, srun: str, command: str) -> None:
-    training = ["--data", "/scratch/set"]
+    training = ["--data", "/scratch/set", "--resume", "/scratch/runs/other"]
     lines = render(Submit(container=container, mount=("/opt",)), parse(training), training).splitlines()
     assert any(line.startswith(srun) for line in lines)
     assert any(line.startswith(command) for line in lines)
     assert any("/scratch/set:/scratch/set" in line and "/opt:/opt" in line for line in lines)
+    assert any("/scratch/runs/other:/scratch/runs/other" in line for line in lines)
     assert "PYTHON=python3" in lines
 
 
@@ -182,3 +183,20 @@ def test_repeated_options_accumulate(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "#SBATCH --qos=high\n" in shown
     assert "#SBATCH --constraint=h100\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("resume", "status", "message"),
+    [
+        ("step:x", 2, "error: --resume step:x: expected the number of an optimizer step"),
+        ("step:5", 0, "warning: the job fails unless its nodes have other files: --resume step:5: "),
+        ("runs/none", 0, "have other files: --resume runs/none: no such folder"),
+    ],
+)
+def test_the_checkpoint_to_resume_from_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: str, status: int, message: str
+) -> None:
+    assert main(["--dry-run", "--", "--out", str(tmp_path / "run"), "--resume", resume]) == status
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert status or f"--resume {resume}" in shown.out
