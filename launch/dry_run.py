@@ -20,11 +20,9 @@ from launch.models.cost import count
 from launch.optim.fine_tuning import classifier_of
 from launch.optim.optimizers import OPTIMIZERS, parameter_groups
 from launch.optim.schedule import lr_schedule
-from launch.prepare import PreparedRun, prepare_run
-from launch.resume.check import check_resume
-from launch.resume.fingerprint import fingerprint
-from launch.resume.set_aside import is_later
-from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
+from launch.prepare import prepare_run
+from launch.resume.decision import ResumeDecision
+from launch.resume.preview import preview_resume
 from pipeline.phases.train_phase import TrainPhase
 from pipeline.storage.memory_cache.layout import CacheLayout
 from shards.errors import UserError
@@ -51,43 +49,20 @@ def show_run(recipe: Recipe, world: World) -> None:
 
     run = prepare_run(recipe, world, check_memory=warn_of_memory)
     feed, decoder_messages = choose_jpeg_decoder(run.feed, previous=run.previous_dali)
-    resumes = broadcast_from_rank0(lambda: preview_resume(run, feed), world)
+    teacher = run.teacher.digest if run.teacher else None
+    resumes = broadcast_from_rank0(lambda: _preview_resume(run.resume, feed, teacher), world)
     if world.is_main:
         messages = map(printable, (*run.messages, *decoder_messages, *resumes))
         print(*messages, describe_run(feed, run.model, run.execution), sep="\n")
 
 
-def preview_resume(run: PreparedRun, feed: Feed) -> list[str]:
-    """Return messages about the checkpoint that the run would resume from.
-
-    Raises:
-        UserError: the checkpoint that `--resume` chooses does not fit the run.
-    """
-    decision, out = run.resume, feed.recipe.run.out
-    checkpoints = CheckpointFolder(out / CHECKPOINTS)
-    messages = list(decision.messages)
-    if decision.kind in ("rewind", "branch"):
-        found, warnings = decision.open()
-    else:
-        newest, skipped = checkpoints.newest()
-        if newest is None or decision.kind == "never":
-            archive = f"starting in {out}, whose checkpoints and metrics would be moved to {checkpoints.next_archive()}"
-            return [*messages, archive] if newest is not None or skipped else messages
-        found, warnings = newest, [f"warning: {message}" for message in skipped]
-    current = fingerprint(feed.recipe, feed, teacher=run.teacher.digest if run.teacher else None)
+def _preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) -> list[str]:
     try:
-        warnings += check_resume(decision, found, feed, current)
+        return preview_resume(decision, feed, teacher)
     except UserError as error:
         if decision.kind == "newest":  # the folder may be specified only for its measured throughput
-            return [*messages, *warnings, f"warning: the run cannot resume: {error}"]
+            return [*decision.messages, f"warning: the run cannot resume: {error}"]
         raise
-    done = f"after {found.progress.step:,} of {feed.last_step:,} steps"
-    messages += [*warnings, f"{decision.describe(found, out)}, {done}"]
-    if decision.kind == "rewind" and is_later(out, checkpoints, found.progress.step):
-        later = ", ".join(f"{step:,}" for step in checkpoints.paths() if step > found.progress.step)
-        names = f"the checkpoints of the steps {later}, and " if later else ""
-        messages.append(f"{names}weights and evaluations of later steps would be moved to {checkpoints.next_archive()}")
-    return messages
 
 
 def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:

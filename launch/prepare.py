@@ -76,7 +76,7 @@ def prepare_run(
     feed = Feed.of(recipe, world)
     check_memory(feed)
     built = build_parts(feed)
-    loaded = () if resume.resumes else built.loaded
+    loaded = [] if resume.resumes else built.loaded
     messages += [*loaded, *built.teacher_messages]
     return PreparedRun(feed, built.model, built.execution, built.teacher, resume, previous_dali, tuple(messages))
 

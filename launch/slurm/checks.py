@@ -13,6 +13,7 @@ from launch.feed import Feed
 from launch.machine.world import World
 from launch.prepare import build_parts
 from launch.resume.decision import decide_resume
+from launch.resume.preview import preview_resume
 from launch.slurm.job import Submit, SubmitError, fits
 from shards.errors import UserError
 
@@ -37,12 +38,11 @@ def check_training(job: Submit, recipe: Recipe) -> Iterator[str]:
     world = World(rank=0, size=nodes * processes, local_rank=0, local_size=processes, device=device)
     Execution.of(recipe, device, accumulation=1, ranks=world.size)
     try:
-        decide_resume(recipe.run.out, recipe.checkpoint.resume)
-    except UserError as error:
-        yield f"the job fails unless its nodes have other files: {error}"
-    try:
+        decision = decide_resume(recipe.run.out, recipe.checkpoint.resume)
         if not isinstance(recipe.data.location(), Path):
             return
-        build_parts(Feed.of(recipe, world))
+        feed = Feed.of(recipe, world)
+        parts = build_parts(feed)
+        preview_resume(decision, feed, parts.teacher.digest if parts.teacher else None)
     except UserError as error:
         yield f"the job fails unless its nodes have other files: {error}"

@@ -190,7 +190,7 @@ def test_repeated_options_accumulate(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("step:x", 2, "error: --resume step:x: expected the number of an optimizer step"),
         ("step:5", 0, "warning: the job fails unless its nodes have other files: --resume step:5: "),
-        ("runs/none", 0, "have other files: --resume runs/none: no such folder"),
+        ("runs/none", 0, "other files: --resume runs/none: no such folder"),
     ],
 )
 def test_the_checkpoint_to_resume_from_is_checked(

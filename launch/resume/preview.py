@@ -1,0 +1,40 @@
+"""Describe from which checkpoint a run would resume, before it is started."""
+
+from __future__ import annotations
+
+from launch.feed import Feed
+from launch.resume.check import check_resume
+from launch.resume.decision import ResumeDecision
+from launch.resume.fingerprint import fingerprint
+from launch.resume.set_aside import is_later
+from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
+
+
+def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) -> list[str]:
+    """Return messages about the checkpoint that a run would resume from. Changes nothing.
+
+    Args:
+        teacher: digest of the weights of the distillation's teacher; None: no distillation.
+
+    Raises:
+        UserError: the checkpoint does not fit the run, or cannot be read.
+    """
+    out = feed.recipe.run.out
+    checkpoints = CheckpointFolder(out / CHECKPOINTS)
+    messages = list(decision.messages)
+    if decision.kind in ("rewind", "branch"):
+        found, warnings = decision.open()
+    else:
+        newest, skipped = checkpoints.newest()
+        if newest is None or decision.kind == "never":
+            archive = f"starting in {out}, whose checkpoints and metrics would be moved to {checkpoints.next_archive()}"
+            return [*messages, archive] if newest is not None or skipped else messages
+        found, warnings = newest, [f"warning: {message}" for message in skipped]
+    warnings += check_resume(decision, found, feed, fingerprint(feed.recipe, feed, teacher=teacher))
+    done = f"after {found.progress.step:,} of {feed.last_step:,} steps"
+    messages += [*warnings, f"{decision.describe(found, out)}, {done}"]
+    if decision.kind == "rewind" and is_later(out, checkpoints, found.progress.step):
+        later = ", ".join(f"{step:,}" for step in checkpoints.paths() if step > found.progress.step)
+        names = f"the checkpoints of the steps {later}, and " if later else ""
+        messages.append(f"{names}weights and evaluations of later steps would be moved to {checkpoints.next_archive()}")
+    return messages
