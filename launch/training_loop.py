@@ -90,7 +90,10 @@ class TrainingLoop:
         state, run = self.state, self.recipe.run
         last = state.step == self.feed.last_step
         ends_epoch = state.epoch_step == 0 and due(state.epoch, run.eval_every)
-        saves = last or ends_epoch or due(state.step, self.recipe.checkpoint.save_every)
+        options = self.recipe.checkpoint
+        saves_locally = due(state.step, options.local_checkpoint_every)
+        saves = last or ends_epoch or due(state.step, options.save_every)
+        saves |= saves_locally and not self.folder.has_checkpoint  # local checkpoints follow one of the run folder
         if saves or due(state.step, self.recipe.log.log_every):
             self.log()
         if state.epoch_step == 0:
@@ -103,6 +106,9 @@ class TrainingLoop:
         self._mark_end()
         if saves:
             self._save_between_steps()
+        elif saves_locally:
+            with self.preemption.signals.during(Phase.SAVING):
+                self.folder.save_locally(replace(self.state, seconds=self.metrics.seconds))
 
     def _mark_end(self) -> None:
         """Stop the clock if training is finished."""

@@ -66,6 +66,12 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints, in addition to those after evaluations."""
     keep: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
     """Number of newest checkpoints to keep. The best checkpoint is kept in addition."""
+    local_checkpoint_every: Annotated[Steps | None, default("no local checkpoints")] = None
+    """Optimizer steps between checkpoints in the memory or on a disk of rank 0's host, in addition to those in the run
+    folder. After a crash or a hang, a run that restarts with rank 0 on the same host resumes from them."""
+    local_checkpoint_dir: Path = Path("/dev/shm")
+    """Folder of rank 0's host for --local-checkpoint-every, with space for two checkpoints. /dev/shm is memory, which
+    counts toward the memory limit of a job."""
     lock_wait: Annotated[Seconds | None, default("--hang-timeout plus 120, at most 1740")] = None
     """Seconds to wait for another trainer that holds the lock of the run folder. An earlier trainer of the run may
     still be saving or hanging, and the lock of a host that crashed expires after a minute."""

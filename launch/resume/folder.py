@@ -22,6 +22,7 @@ from launch.machine.provenance import device_name, git_state, versions
 from launch.machine.world import broadcast_from_rank0
 from launch.resume.decision import ResumeDecision
 from launch.resume.fingerprint import fingerprint
+from launch.resume.local_checkpoints import LocalCheckpoints, load_on_rank0
 from launch.resume.resumption import Resumption
 from launch.run.checkpoint import Checkpoint, CheckpointError
 from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
@@ -69,10 +70,19 @@ class RunFolder:
         info = describe_weights(recipe, feed)
         self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.checkpoint.keep, info=info)
         self._weights = WeightsFiles(self.path, info)
-        self._writer = BackgroundWriter(self._checkpoints, self._weights)
+        options = recipe.checkpoint
+        self._local = None
+        if options.local_checkpoint_every is not None and engine.world.is_main:
+            self._local = LocalCheckpoints(options.local_checkpoint_dir, self.path, info=info)
+        follow = self._local.follow if self._local else lambda path: None
+        self._writer = BackgroundWriter(self._checkpoints, self._weights, follow=follow)
         self._fingerprint = fingerprint(recipe, feed, teacher=engine.teacher.digest if engine.teacher else None)
-        self._resumption = Resumption(self.path, feed, self._fingerprint, self._checkpoints, self._weights)
+        self._resumption = Resumption(
+            self.path, feed, self._fingerprint, self._checkpoints, self._weights, local=self._local
+        )
         self._resumed, self._origins = Progress(), Origins()
+        self.has_checkpoint = False
+        """Whether the run folder has a checkpoint, or one is being written; equal on all ranks."""
         self.chosen = False
         """Whether this start has returned the run to a checkpoint, or has branched from that of another run."""
 
@@ -94,13 +104,15 @@ class RunFolder:
         decision, found, messages = broadcast_from_rank0(self._choose_checkpoint, world)
         resumed = f"starting in {self.path}"
         if found is not None:
-            state = found.load()
+            is_local = decision.kind == "newest" and found.path.parent != self.path / CHECKPOINTS
+            state = load_on_rank0(found, world) if is_local else found.load()
             self._engine.load_state_dict(state, steps=found.progress.step)
             messages += broadcast_from_rank0(lambda: self._resumption.carry_out(decision, found, state), world)
             self._resumed = self._resumption.first_progress(decision, found)
             if world.is_main:  # the previous trainer may have been killed after it wrote the checkpoint
                 self._writer.save_weights(state, self._resumed)
             resumed = decision.describe(found, self.path)
+            self.has_checkpoint = True
         self.chosen = decision.kind in ("rewind", "branch")
         self._origins = broadcast_from_rank0(lambda: read_origins(self.path), world)
         if world.is_main:
@@ -153,7 +165,15 @@ class RunFolder:
         state = self._engine.state_dict()
         if self._engine.world.is_main:
             self._writer.save(state, progress, self._fingerprint)
+        self.has_checkpoint = True
         return progress
+
+    def save_locally(self, progress: Progress) -> None:
+        """Start to write a local checkpoint in a background thread. Collective. `save_errors` has its errors."""
+        self._writer.wait()
+        state = self._engine.state_dict()
+        if (local := self._local) is not None:
+            self._writer.run(lambda: local.save(state, progress, self._fingerprint))
 
     def save_and_stop(self, progress: Progress, reason: str) -> NoReturn:
         """Save, wait for the save and end the run by an exception. Collective.
@@ -223,7 +243,7 @@ class RunFolder:
     @property
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint; None: there is none."""
-        return (self._writer.newest or self._resumed).step or None
+        return (self._writer.newest or self._resumption.newest or self._resumed).step or None
 
     @property
     def saved_at(self) -> float | None:
@@ -234,6 +254,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.close()
+        if self._local is not None and (kind is None or issubclass(kind, Preempted)):
+            self._local.remove()
         for message in self.save_errors():
             print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
         if kind is None:
@@ -257,7 +279,7 @@ class RunFolder:
     ) -> bool:
         if not self._engine.world.is_main:
             return True
-        saved = self._writer.saved or self._resumed
+        saved = self._writer.saved or self._resumption.newest or self._resumed
         best = (saved.best, saved.best_of) if saved.best_of else None
         return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best, at=at)
 

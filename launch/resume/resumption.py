@@ -15,6 +15,7 @@ from launch.feed import Feed
 from launch.resume.check import check_resume
 from launch.resume.decision import ResumeDecision, branch_again, decide_resume
 from launch.resume.fingerprint import first_progress
+from launch.resume.local_checkpoints import LocalCheckpoints
 from launch.resume.set_aside import is_later, restore_best_weights, set_all_aside, set_later_aside
 from launch.run.checkpoint import Checkpoint, CheckpointError, Fingerprint
 from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
@@ -35,13 +36,23 @@ class Resumption:
         fingerprint: fingerprint of this start.
         checkpoints: checkpoints of the run folder.
         weights: weights files of the run folder.
+        local: local checkpoints; None: not used.
     """
 
     def __init__(
-        self, out: Path, feed: Feed, fingerprint: Fingerprint, checkpoints: CheckpointFolder, weights: WeightsFiles
+        self,
+        out: Path,
+        feed: Feed,
+        fingerprint: Fingerprint,
+        checkpoints: CheckpointFolder,
+        weights: WeightsFiles,
+        *,
+        local: LocalCheckpoints | None = None,
     ) -> None:
         self._out, self._feed, self._fingerprint = out, feed, fingerprint
-        self._checkpoints, self._weights = checkpoints, weights
+        self._checkpoints, self._weights, self._local = checkpoints, weights, local
+        self.newest: Progress | None = None
+        """Progress in the newest checkpoint of the run folder, if the start resumes from it or a local one."""
 
     def choose(self) -> Choice:
         """Return what the start begins with, its checkpoint (None: start anew), and messages.
@@ -62,8 +73,18 @@ class Resumption:
         newest, skipped = self._checkpoints.newest()
         messages += [f"warning: {message}" for message in skipped]
         if newest is not None:
-            return self._checked(decision, newest, [], messages)
+            self.newest = newest.progress
+            return self._checked(decision, *self._newer_local(newest), messages)
         return self._without_checkpoint(decision, messages, damaged=bool(skipped))
+
+    def _newer_local(self, newest: Checkpoint) -> tuple[Checkpoint, list[str]]:
+        """Return the newest local checkpoint if it is newer than that of the run folder, else that; and warnings."""
+        if self._local is None:
+            return newest, []
+        self._local.follow(newest.path)
+        found, skipped = self._local.newest()
+        newer = found is not None and found.progress.step > newest.progress.step
+        return found if found is not None and newer else newest, [f"warning: {message}" for message in skipped]
 
     def _checked(self, decision: ResumeDecision, found: Checkpoint, warnings: list[str], messages: list[str]) -> Choice:
         changes = check_resume(decision, found, self._feed, self._fingerprint)
@@ -117,6 +138,8 @@ class Resumption:
             else:
                 messages = self._rewind(decision, found, replace(origin, checkpoint=f"{CHECKPOINTS}/{found.path.name}"))
             write_origins(self._out, read_origins(self._out).completed())
+            if self._local is not None:
+                self._local.follow(self._out / CHECKPOINTS / f"step-{step:08d}")
         except OSError as error:
             raise unwritable(self._out, error) from error
         except CheckpointError as error:

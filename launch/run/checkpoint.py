@@ -97,6 +97,10 @@ class Checkpoint:
             StorageFailed: the file cannot be read, or has changed since the checkpoint was chosen.
             CheckpointError: the file is missing, or not a safetensors file.
         """
+        return self.tensors_of(self.read())
+
+    def read(self) -> bytearray:
+        """Read the file of the state, and check its hash. Raises the errors of `load`."""
         path = self.path / STATE
         try:
             content = read_bytes(path, self.state.bytes)
@@ -106,11 +110,20 @@ class Checkpoint:
             ) from error
         if len(content) != self.state.bytes or xxhash.xxh3_64_hexdigest(content) != self.state.xxh3:
             raise StorageFailed(f"{path}: has changed since it was checked; start the run again")
+        return content
+
+    def tensors_of(self, content: bytearray) -> dict[str, Tensor]:
+        """Return the tensors in the content of the state's file, whose memory they use.
+
+        Raises:
+            CheckpointError: it is not a safetensors file.
+        """
         try:
             return tensors_of(content)
         except ValueError as error:
+            fact = f"not a valid safetensors file ({error})"
             raise CheckpointError(
-                f"{path}: not a valid safetensors file ({error}); remove {self.path}, then start the run again"
+                f"{self.path / STATE}: {fact}; remove {self.path}, then start the run again"
             ) from error
 
     def info(self) -> fat.WeightsInfo:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from launch.run.checkpoint import CheckpointError, Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.progress import Progress
 from launch.run.weights_files import WeightsFiles
+from shards.errors import UserError
 
 MAX_FAILURES = 3
 """Consecutive failed saves after which the run ends. Short outages are tolerated, but training for hours without
@@ -23,12 +26,17 @@ class BackgroundWriter:
 
     If a save fails, for example because the disk is full, the run continues and earlier checkpoints are unchanged;
     `errors` returns the message.
+
+    Args:
+        follow: called in the thread with each checkpoint that was written.
     """
 
-    def __init__(self, folder: CheckpointFolder, weights: WeightsFiles) -> None:
-        self._folder, self._weights = folder, weights
+    def __init__(
+        self, folder: CheckpointFolder, weights: WeightsFiles, *, follow: Callable[[Path], object] = lambda path: None
+    ) -> None:
+        self._folder, self._weights, self._follow = folder, weights, follow
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._pending: tuple[Future[Path], Progress] | None = None
+        self._pending: tuple[Future[Any], Progress | None] | None = None
         self._errors: list[str] = []
         self.failures = 0
         """Number of consecutive failed saves, up to the last save."""
@@ -46,10 +54,19 @@ class BackgroundWriter:
         self.wait()
         self._pending = self._pool.submit(self._save, state, progress, fingerprint), progress
 
+    def run(self, task: Callable[[], object]) -> None:
+        """Start a task after the previous save, whose `CheckpointError` only gives a message."""
+        self.wait()
+        self._pending = self._pool.submit(task), None
+
     def _save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> Path:
         path = self._folder.save(state, progress, fingerprint)
         self.saved_at = time.monotonic()
         self.save_weights(state, progress)
+        try:
+            self._follow(path)
+        except UserError as error:
+            self._errors.append(str(error))
         return path
 
     def save_weights(self, state: dict[str, Tensor], progress: Progress) -> None:
@@ -68,17 +85,19 @@ class BackgroundWriter:
             future, progress = pending
             try:
                 future.result()
-                self.failures, self.saved = 0, progress
+                if progress is not None:
+                    self.failures, self.saved = 0, progress
             except CheckpointError as error:
-                self.failures, self.reason = self.failures + 1, str(error)
-                self._errors.append(self.reason)
+                self._errors.append(str(error))
+                if progress is not None:
+                    self.failures, self.reason = self.failures + 1, str(error)
         return self.failures == 0
 
     @property
     def newest(self) -> Progress | None:
         """Progress in the newest checkpoint that is complete now. Any thread may read it; it does not wait."""
         pending = self._pending
-        if pending is not None and pending[0].done() and pending[0].exception() is None:
+        if pending is not None and pending[1] is not None and pending[0].done() and pending[0].exception() is None:
             return pending[1]
         return self.saved
 

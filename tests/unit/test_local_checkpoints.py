@@ -1,0 +1,128 @@
+"""Checkpoints on rank 0's host (--local-checkpoint-every)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.resume.folder import RunFolder
+from launch.run.progress import Progress
+from tests.support.run_folder_starts import STEPS, run_folder, save
+
+Start = Callable[..., RunFolder]
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, epoch=step // STEPS, epoch_step=step % STEPS)
+
+
+@pytest.fixture
+def start(digits: Path, tmp_path: Path) -> Start:
+    """Start a run in tmp_path/run whose local checkpoints are in tmp_path/memory."""
+    (tmp_path / "memory").mkdir()
+    options = ("--local-checkpoint-every", "1", "--local-checkpoint-dir", str(tmp_path / "memory"))
+    return lambda *more, out="run": run_folder(digits, tmp_path / out, *options, *more)
+
+
+def crashed(folder: RunFolder, *, shared: int, local: int) -> None:
+    """Save a checkpoint in the run folder and a local one, without the end of the run."""
+    folder.resume()
+    save(folder, shared)
+    folder.save_locally(progress(local))
+    assert folder._writer.wait()
+    assert folder.save_errors() == []
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.name for path in root.rglob("step-*"))
+
+
+def test_a_restart_on_the_same_host_resumes_from_the_newer_local_checkpoint(start: Start, tmp_path: Path) -> None:
+    first = start()
+    crashed(first, shared=4, local=7)
+    first.save_locally(progress(9))
+    assert first._writer.wait()
+    assert files(tmp_path / "memory") == ["step-00000009"]  # only the newest one is kept
+    again = start()
+    resumed, messages = again.resume()
+    assert resumed.step == 9
+    assert messages[-1].startswith(f"resuming from {tmp_path / 'memory'}")
+    assert again.newest_step == 4  # from which a start on another host would resume
+
+
+@pytest.mark.parametrize("elsewhere", [5, 7, 12])
+def test_local_checkpoints_are_ignored_after_another_host_has_continued_the_run(
+    start: Start, tmp_path: Path, elsewhere: int
+) -> None:
+    crashed(start(), shared=4, local=7)
+    kept = tmp_path / "kept"
+    shutil.move(tmp_path / "memory", kept)
+    (tmp_path / "memory").mkdir()
+    crashed(start(), shared=elsewhere, local=elsewhere + 1)  # on another host
+    shutil.rmtree(tmp_path / "memory")
+    shutil.move(kept, tmp_path / "memory")
+    assert start().resume()[0].step == elsewhere
+    assert files(tmp_path / "memory") == []  # they were removed
+
+
+@pytest.mark.parametrize("choice", ["never", "step:4", "best"])
+def test_local_checkpoints_are_ignored_after_the_history_has_changed(start: Start, tmp_path: Path, choice: str) -> None:
+    first = start()
+    first.resume()
+    first.save(progress(4).evaluated({"weights": 0.5}))
+    first.save_locally(progress(6))
+    assert first._writer.wait()
+    changed = start("--resume", choice)
+    assert changed.resume()[0].step == (0 if choice == "never" else 4)
+    changed._writer.close()
+    assert start().resume()[0].step == (0 if choice == "never" else 4)
+
+
+def test_a_damaged_local_checkpoint_is_skipped_with_a_warning(start: Start, tmp_path: Path) -> None:
+    crashed(start(), shared=4, local=7)
+    (state,) = (tmp_path / "memory").rglob("state.safetensors")
+    with state.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    resumed, messages = start().resume()
+    assert resumed.step == 4
+    assert any("step-00000007: damaged (state.safetensors does not match its hash)" in message for message in messages)
+
+
+def test_another_run_does_not_use_them(start: Start, tmp_path: Path) -> None:
+    crashed(start(), shared=4, local=7)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    assert start(out="other").resume()[0].step == 4
+    assert files(tmp_path / "memory") == ["step-00000007"]
+
+
+def test_they_are_removed_at_the_end_of_the_run(start: Start, tmp_path: Path) -> None:
+    folder = start()
+    with folder:
+        crashed(folder, shared=4, local=7)
+    assert files(tmp_path / "memory") == []
+
+
+def test_a_full_memory_is_a_warning(start: Start, tmp_path: Path) -> None:
+    folder = start()
+    crashed(folder, shared=4, local=7)
+    shutil.rmtree(tmp_path / "memory")
+    (tmp_path / "memory").write_text("in the way")
+    folder.save_locally(progress(9))
+    assert folder._writer.wait()  # does not count as a failed save
+    (message,) = folder.save_errors()
+    assert "step-00000009: checkpoint not written" in message
+
+
+def test_the_folder_must_be_usable(start: Start, tmp_path: Path) -> None:
+    folder = start("--local-checkpoint-dir", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    folder.resume()
+    folder.save(progress(4))
+    assert folder._writer.wait()
+    (message,) = folder.save_errors()
+    assert message.startswith(f"--local-checkpoint-dir {tmp_path / 'file'}")
+    assert message.endswith("use another --local-checkpoint-dir")
