@@ -84,8 +84,8 @@ writers: list[BackgroundWriter] = []
 class RecordedWriter(BackgroundWriter):
     """Writer that appends itself to `writers`."""
 
-    def __init__(self, folder: CheckpointFolder, weights: WeightsFiles) -> None:
-        super().__init__(folder, weights)
+    def __init__(self, folder: CheckpointFolder, weights: WeightsFiles, **options: Any) -> None:
+        super().__init__(folder, weights, **options)
         writers.append(self)
 
 

@@ -165,7 +165,7 @@ def killed_and_resumed(
     train: Trainer,
     run: Path,
     digits: Path,
-    *options: str,
+    *options: str | Path,
     kills: int,
     seed: int,
     steps: int,
@@ -198,6 +198,23 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_weights(train: Trainer, t
     how: dict[str, Any] = {"seed": 1, "steps": 8, "worlds": (1,)}
     whole = killed_and_resumed(train, tmp_path / "whole", digits, kills=0, **how)
     assert_bit_identical(whole, killed_and_resumed(train, tmp_path / "killed", digits, kills=2, **how))
+
+
+def test_a_killed_run_resumes_from_a_local_checkpoint_with_the_same_weights(
+    train: Trainer, tmp_path: Path, digits: Path
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    local = ("--save-every", "100", "--local-checkpoint-every", "1", "--local-checkpoint-dir", memory)
+    how: dict[str, Any] = {"seed": 1, "steps": 8, "worlds": (2,)}
+    # The same options, because saving averages BatchNorm's statistics over the ranks, which rounds them.
+    whole = killed_and_resumed(train, tmp_path / "whole", digits, *local, kills=0, **how)
+    killed = killed_and_resumed(train, tmp_path / "killed", digits, *local, kills=2, **how)
+    assert_bit_identical(whole, killed)
+    shared = [line["step"] for line in lines(killed, "checkpoint")]
+    assert set(shared) == {1, 8}  # the first one, which the local ones follow, and the last one
+    assert max(line["step"] for line in lines(killed, "start")) > 1
+    assert list(memory.rglob("step-*")) == []
 
 
 @pytest.mark.slow
