@@ -214,7 +214,7 @@ def _default(field: dataclasses.Field[Any], hint: Any) -> str:
     if isinstance(value, tuple):
         return f"`{' '.join(f'{part:g}' for part in value)}`"
     if isinstance(value, Path) and value.is_absolute():
-        value = value.relative_to(DOCS.parent)
+        value = value.relative_to(DOCS.parent) if value.is_relative_to(DOCS.parent) else value
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

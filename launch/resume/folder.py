@@ -74,8 +74,8 @@ class RunFolder:
         self._local = None
         if options.local_checkpoint_every is not None and engine.world.is_main:
             self._local = LocalCheckpoints(options.local_checkpoint_dir, self.path, info=info)
-        follow = self._local.follow if self._local else lambda path: None
-        self._writer = BackgroundWriter(self._checkpoints, self._weights, follow=follow)
+        on_saved = self._local.attach_to if self._local else lambda path: None
+        self._writer = BackgroundWriter(self._checkpoints, self._weights, on_saved=on_saved)
         self._fingerprint = fingerprint(recipe, feed, teacher=engine.teacher.digest if engine.teacher else None)
         self._resumption = Resumption(
             self.path, feed, self._fingerprint, self._checkpoints, self._weights, local=self._local

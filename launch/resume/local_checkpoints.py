@@ -44,7 +44,7 @@ class LocalCheckpoints:
         self._of_run = self._user / xxhash.xxh3_64_hexdigest(os.fsencode(self._run))
         self._folder: CheckpointFolder | None = None
 
-    def follow(self, checkpoint: Path) -> None:
+    def attach_to(self, checkpoint: Path) -> None:
         """Let local checkpoints follow a checkpoint of the run folder; remove those that follow another one.
 
         Raises:

@@ -81,7 +81,7 @@ class Resumption:
         """Return the newest local checkpoint if it is newer than that of the run folder, else that; and warnings."""
         if self._local is None:
             return newest, []
-        self._local.follow(newest.path)
+        self._local.attach_to(newest.path)
         found, skipped = self._local.newest()
         newer = found is not None and found.progress.step > newest.progress.step
         return found if found is not None and newer else newest, [f"warning: {message}" for message in skipped]
@@ -139,7 +139,7 @@ class Resumption:
                 messages = self._rewind(decision, found, replace(origin, checkpoint=f"{CHECKPOINTS}/{found.path.name}"))
             write_origins(self._out, read_origins(self._out).completed())
             if self._local is not None:
-                self._local.follow(self._out / CHECKPOINTS / f"step-{step:08d}")
+                self._local.attach_to(self._out / CHECKPOINTS / f"step-{step:08d}")
         except OSError as error:
             raise unwritable(self._out, error) from error
         except CheckpointError as error:

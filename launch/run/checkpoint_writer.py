@@ -28,13 +28,13 @@ class BackgroundWriter:
     `errors` returns the message.
 
     Args:
-        follow: called in the thread with each checkpoint that was written.
+        on_saved: called in the thread with each checkpoint that was written.
     """
 
     def __init__(
-        self, folder: CheckpointFolder, weights: WeightsFiles, *, follow: Callable[[Path], object] = lambda path: None
+        self, folder: CheckpointFolder, weights: WeightsFiles, *, on_saved: Callable[[Path], object] = lambda path: None
     ) -> None:
-        self._folder, self._weights, self._follow = folder, weights, follow
+        self._folder, self._weights, self._on_saved = folder, weights, on_saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: tuple[Future[Any], Progress | None] | None = None
         self._errors: list[str] = []
@@ -64,7 +64,7 @@ class BackgroundWriter:
         self.saved_at = time.monotonic()
         self.save_weights(state, progress)
         try:
-            self._follow(path)
+            self._on_saved(path)
         except UserError as error:
             self._errors.append(str(error))
         return path
