@@ -37,6 +37,7 @@ from launch.machine.world import World
 from launch.optim.fine_tuning import backbone_modules, freeze_backbone, set_grad_checkpointing
 from launch.optim.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.optim.zero_state import OptimizerState
+from launch.stragglers.collective_wait import CollectiveWait, measure_deepspeed
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
 
@@ -138,6 +139,8 @@ class Engine:
                 self._capture(self._graphs)
             elif self.execution.uses_compiler:
                 self._compile()
+        self.collective_wait = CollectiveWait(world.device, incomplete=self._has_unmeasured_collectives())
+        """Measures how long the collectives of the steps take."""
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -158,23 +161,26 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         self._set_training_mode()
         self._drop_path.scale_for(len(batches[0].images), batches[0].images.shape[-1])
-        with fat.kernels.use(self.execution.kernels):
+        measured = self.collective_wait.step() if self.world.size > 1 else contextlib.nullcontext()
+        with fat.kernels.use(self.execution.kernels), measured:
             result = self._plain_step(batches, self._update) if self._update else self._deepspeed_step(batches)
-        with self.phase("optimizer"):
-            self._state.update_average(step)
+            with self.phase("optimizer"):
+                self._state.update_average(step)
         return result
 
     def _plain_step(self, batches: Sequence[Batch], update: Updater) -> StepResult:
         total = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(batches):
             # DDP reduces gradients only in the last micro-batch.
-            local = self.world.size > 1 and number < len(batches) - 1
+            several = self.world.size > 1
+            local = several and number < len(batches) - 1
             with self._wrapped.no_sync() if local else contextlib.nullcontext():
                 with self.phase("forward"):
                     with autocast(self.world.device, self.precision):
                         logits = self._wrapped(batch.images)
                     loss = self._loss(logits, batch) / len(batches)
-                with self.phase("backward"):
+                reduces = self.collective_wait.backward(loss) if several and not local else contextlib.nullcontext()
+                with self.phase("backward"), reduces:
                     loss.backward()
             total += loss.detach()
         with self.phase("optimizer"):
@@ -182,6 +188,15 @@ class Engine:
             if not (self._graphs and self._graphs.keeps_gradients):
                 self._optimizer.zero_grad(set_to_none=True)
         return StepResult(total, norm)
+
+    def _has_unmeasured_collectives(self) -> bool:
+        """Return whether steps have collectives that `CollectiveWait` cannot measure."""
+        if self.world.size == 1:
+            return False
+        if self.zero and (not measure_deepspeed() or self.zero == 3):
+            return True
+        synchronized = any(isinstance(norm, GlobalBatchNorm) and norm.training for norm in batch_norms(self.model))
+        return synchronized and self.execution.compile != "off"
 
     def _deepspeed_step(self, batches: Sequence[Batch]) -> StepResult:
         total, norm = torch.zeros((), device=self.world.device), None

@@ -14,6 +14,7 @@ from fat.batchnorm import BatchNorm, statistics
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.machine.world import World
+from launch.stragglers.collective_wait import collective
 from pipeline.batch_shape import divisors, nearest
 
 # Minimum image size in pixels if a batch has one image: attention pools it to ceil(size / 32) pixels per side, and
@@ -222,7 +223,10 @@ def _combine_over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ran
 
 
 def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
+    if torch.compiler.is_compiling():  # compiled code cannot measure how long it waits
+        return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
+    with collective(frequent=True):
+        return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
 
 
 def _memory_format(input: Tensor) -> torch.memory_format:

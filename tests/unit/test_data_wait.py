@@ -6,7 +6,6 @@ The GPU is simulated by a clock: an event has occurred when the clock has reache
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,38 +14,9 @@ import torch
 
 from pipeline.batch import timed_event
 from pipeline.data_wait import DataWait
+from tests.support.simulated_device import Device
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Device:
-    """A device at time `now` (milliseconds); work that is queued now is done at time `done`."""
-
-    now: float = 0.0
-    done: float = 0.0
-
-    def mark(self) -> Moment:
-        return Moment(self, max(self.now, self.done))
-
-    def batch(self, at: float) -> Any:
-        return SimpleNamespace(ready=Moment(self, at))
-
-
-@dataclass
-class Moment:
-    device: Device
-    at: float
-    asked: list[float] = field(default_factory=list)
-
-    def query(self) -> bool:
-        return self.device.now >= self.at
-
-    def elapsed_time(self, end_event: Moment) -> float:
-        assert self.query(), "CUDA raises an error: the event has not occurred"
-        assert end_event.query(), "CUDA raises an error: the event has not occurred"
-        self.asked.append(self.device.now)
-        return end_event.at - self.at
 
 
 def train(wait: DataWait, device: Device, ready: float, step: float, *, micro: int = 1) -> None:

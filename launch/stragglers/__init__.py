@@ -1,0 +1,1 @@
+"""Find the rank that holds the others back, and why."""
