@@ -32,7 +32,7 @@ def quota() -> int | None:
     microseconds, or "max PERIOD"); v1: cpu.cfs_quota_us (-1: no quota) and cpu.cfs_period_us. Source: the kernel's
     Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
     """
-    found = [cpus for folder in _folders() if (cpus := _quota_of(folder)) is not None]
+    found = [cpus for folder in control_groups() if (cpus := _quota_of(folder)) is not None]
     return max(1, math.ceil(min(found))) if found else None
 
 
@@ -42,7 +42,7 @@ def limit_openmp() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
-def _folders() -> Iterator[Path]:
+def control_groups() -> Iterator[Path]:
     """Yield the folders of the process's control groups and of their ancestors.
 
     In a container, /proc may list a path of the host that does not exist; the caller skips such folders.

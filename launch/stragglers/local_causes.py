@@ -1,0 +1,226 @@
+"""Observe from within a rank's process why it may be slow: stopped, throttled, no free core, page faults, slow GPU.
+
+A thread samples counters of the kernel. It never waits for the device or for other ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import resource
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from shards.cores import control_groups
+
+# Mean time between wake-ups of the thread, each of which costs up to 0.1 ms of CPU time. The times vary from half to
+# one and a half of it, because a process that is stopped in regular pulses must not be stopped only while the thread
+# would sleep anyway.
+TICK_SECONDS = 0.1
+GOLDEN_RATIO = 0.618034  # whose multiples modulo 1 are evenly distributed
+SAMPLE_SECONDS = 5.0  # between readings of the counters, which take about 1 ms for 100 threads
+# A thread that wakes up later than this was stopped, or could not run for another reason. The scheduler and the
+# interpreter's lock (5 ms) alone delay it less.
+LATE_SECONDS = 0.02
+CLOCK_SECONDS = 60.0  # between calls of nvidia-smi, which are made only on a rank that is slow
+CLOCK_TIMEOUT = 20.0
+K = TypeVar("K")
+OWN_TASKS = "/proc/self/task"
+SCHEDSTAT_BYTES = 128
+
+
+@dataclass(frozen=True)
+class LocalCauses:
+    """What slowed a rank down, as fractions of the time, 0 to 1, unless stated otherwise."""
+
+    stopped: float = 0.0
+    """The process did not run although it could have: it was stopped, or a thread blocked Python's interpreter."""
+    waiting_for_core: float = 0.0
+    """The thread for which this is longest was ready to run, but its cores were busy."""
+    throttled: float = 0.0
+    """The CPU quota of a control group was exhausted."""
+    page_faults: float = 0.0
+    """Pages per second that were read from disk because memory is short."""
+    clock: float = 0.0
+    """Clock of the GPU in MHz; 0: not measured."""
+    max_clock: float = 0.0
+    """Highest clock of the GPU in MHz; 0: not measured."""
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Seconds and pages since the start of the process or of the observer."""
+
+    time: float
+    stopped: float = 0.0
+    waiting: float = 0.0
+    throttled: float = 0.0
+    faults: int = 0
+
+
+class LocalObserver:
+    """Thread that samples the counters of its own process and host.
+
+    Args:
+        gpu: identifier of the rank's GPU for `nvidia-smi --id`; empty: there is none.
+        sample_seconds: time between readings of the counters.
+    """
+
+    def __init__(self, gpu: str = "", *, sample_seconds: float = SAMPLE_SECONDS) -> None:
+        self._gpu, self._sample_seconds = gpu, sample_seconds
+        self._stopped = 0.0
+        self._clocks = 0.0, 0.0
+        self._wants_clock = False
+        self._clock_at = -CLOCK_SECONDS
+        self._ended = False
+        self._delays, self._throttled = dict(delays()), dict(throttled())
+        self._first = self._last = _Totals(time.monotonic(), faults=_page_faults())
+        self._causes = LocalCauses()
+        self._thread = threading.Thread(target=self._run, name="straggler-observer", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended = True
+        self._thread.join()
+
+    def take(self) -> LocalCauses:
+        """Return the causes since the last call, as far as they have been sampled; the last ones if they have not."""
+        first, last = self._first, self._last
+        seconds = last.time - first.time
+        if seconds > 0:
+            self._first = last
+            self._causes = LocalCauses(
+                stopped=min(1.0, (last.stopped - first.stopped) / seconds),
+                waiting_for_core=min(1.0, (last.waiting - first.waiting) / seconds),
+                throttled=min(1.0, (last.throttled - first.throttled) / seconds),
+                page_faults=(last.faults - first.faults) / seconds,
+                clock=self._clocks[0],
+                max_clock=self._clocks[1],
+            )
+        return self._causes
+
+    def measure_clock(self) -> None:
+        """Let the thread read the GPU's clock, at most once a minute. Call this on a slow rank only."""
+        self._wants_clock = bool(self._gpu)
+
+    def _run(self) -> None:
+        with _OwnDelay() as own_delay:
+            delay, now = own_delay.seconds(), time.monotonic()
+            sample_at = now + self._sample_seconds
+            for number in itertools.count():
+                if self._ended:
+                    return
+                before, before_delay = now, delay
+                tick = TICK_SECONDS * (0.5 + number * GOLDEN_RATIO % 1)
+                time.sleep(tick)
+                now, delay = time.monotonic(), own_delay.seconds()
+                # Without the time that this thread waited for a core, which `waiting_for_core` contains.
+                late = now - before - tick - (delay - before_delay)
+                if late > LATE_SECONDS:
+                    # A stop begins while the thread sleeps, on average in the middle, so it is longer than the delay.
+                    self._stopped += late + min(late, tick / 2)
+                if now < sample_at:
+                    continue
+                self._sample()
+                if self._wants_clock and now - self._clock_at >= CLOCK_SECONDS:
+                    self._clock_at, self._wants_clock = now, False
+                    self._clocks = gpu_clocks(self._gpu)
+                now, delay = time.monotonic(), own_delay.seconds()
+                sample_at = now + self._sample_seconds
+
+    def _sample(self) -> None:
+        """Add what the counters have increased by. A thread or a control group may be new since the last sample."""
+        before, self._delays, self._throttled = (self._delays, self._throttled), dict(delays()), dict(throttled())
+        self._last = _Totals(
+            time=time.monotonic(),
+            stopped=self._stopped,
+            waiting=self._last.waiting + _largest_increase(before[0], self._delays),
+            throttled=self._last.throttled + _largest_increase(before[1], self._throttled),
+            faults=_page_faults(),
+        )
+
+
+def gpu_clocks(gpu: str, run: Callable[..., str] = subprocess.check_output) -> tuple[float, float]:
+    """Return the clock and the highest clock of a GPU in MHz; (0, 0) if they are unknown."""
+    query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        answer = run(query, text=True, timeout=CLOCK_TIMEOUT, stderr=subprocess.DEVNULL)
+        clock, highest = (float(value) for value in answer.strip().split(","))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0.0, 0.0
+    return clock, highest
+
+
+def _largest_increase(first: dict[K, float], last: dict[K, float]) -> float:
+    """Return the largest increase of a counter that exists at both times."""
+    return max((value - first[key] for key, value in last.items() if key in first), default=0.0)
+
+
+def _page_faults() -> int:
+    """Return how many pages of this process have been read from disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def delays() -> Iterator[tuple[str, float]]:
+    """Yield the seconds for which each thread of this process was ready to run but had no core.
+
+    Source: /proc/PID/schedstat, in the kernel's Documentation/scheduler/sched-stats.rst.
+    """
+    try:
+        tasks = os.listdir(OWN_TASKS)
+    except OSError:
+        return
+    for task in tasks:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # the thread has ended, or the kernel has no counter
+            file = os.open(f"{OWN_TASKS}/{task}/schedstat", os.O_RDONLY)
+            try:
+                yield task, _delay_in(os.read(file, SCHEDSTAT_BYTES))
+            finally:
+                os.close(file)
+
+
+class _OwnDelay:
+    """The seconds for which the thread that created this object was ready to run but had no core; 0 if unknown."""
+
+    def __enter__(self) -> _OwnDelay:
+        try:
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except OSError:
+            self._file = -1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def seconds(self) -> float:
+        try:
+            return _delay_in(os.pread(self._file, SCHEDSTAT_BYTES, 0))
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+
+def _delay_in(schedstat: bytes) -> float:
+    return int(schedstat.split()[1]) / 1e9
+
+
+def throttled() -> Iterator[tuple[Path, float]]:
+    """Yield the seconds for which each control group of this process was throttled by its CPU quota.
+
+    cpu.stat has `throttled_usec` (microseconds) in version 2 of control groups, `throttled_time` (nanoseconds) in
+    version 1. Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
+    """
+    for folder in control_groups():
+        with contextlib.suppress(OSError, ValueError):
+            text = (folder / "cpu.stat").read_text()
+            found = dict(line.split() for line in text.splitlines())
+            if "throttled_usec" in found:
+                yield folder, int(found["throttled_usec"]) / 1e6
+            elif "throttled_time" in found:
+                yield folder, int(found["throttled_time"]) / 1e9
