@@ -204,7 +204,7 @@ def legend(panel: Panel, runs: Sequence[Timeline]) -> list[Curve]:
     shown = [
         look
         for series, look in zip(panel.series, _looks(panel, runs, 0), strict=True)
-        if any(line["kind"] == series.kind for run in runs for line in run.lines)
+        if any(line["kind"] == series.kind and series.field in line for run in runs for line in run.lines)
     ]
     if len(shown) < 2:
         return []

@@ -30,6 +30,7 @@ from launch.run.metrics_file import MetricsLog
 from launch.run.origin import Origin
 from launch.run.progress import Progress, WeightsKind
 from launch.run.status import StatusContent
+from launch.stragglers.rank_times import RankTimes
 from pipeline.batch import Batch
 from pipeline.data_wait import DataWait
 from pipeline.decode.cached import CacheUse
@@ -101,7 +102,9 @@ class Metrics:
         measures_utilization = main and (self._world.device.type == "cuda" or self._verbose)
         sizes = [phase.augment.size for phase in feed.phases] if measures_utilization else []
         self._rooflines = Roofline.by_size(feed, engine, sizes) if sizes else {}
-        self._hosts = self._world.gather(self._world.host)
+        several = self._world.size > 1
+        hosts = self._world.gather(self._world.host)
+        self._ranks = RankTimes(self._world, hosts, engine.collective_wait) if several else None
         self._write(
             "start",
             step=progress.step,
@@ -153,6 +156,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
         self.print(*self._log.close())
         if self._trackers is not None:
             self._trackers.finish()
@@ -171,6 +176,8 @@ class Metrics:
         """Start a new interval, so that the throughput does not include evaluation and saving."""
         self._interval_started = time.perf_counter()
         self._wait.restart()
+        if self._ranks is not None:
+            self._ranks.restart()
         self._results: list[StepResult] = []
 
     def next_batches(self, loader: Iterator[Batch], count: int) -> list[Batch]:
@@ -188,6 +195,8 @@ class Metrics:
             rate: learning rate of the step.
         """
         self._wait.mark_step_end()
+        if self._ranks is not None:
+            self._ranks.end_step()
         self._rate = rate
         self._results.append(result)
         self.step = self.view.step = step + 1
@@ -211,17 +220,17 @@ class Metrics:
         finite = losses.isfinite()
         counts = losses.new_tensor([replaced, *self._new_hits(cache)])
         sums = torch.cat([torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum()]), counts]).float()
-        if self._world.size > 1:
-            waits = sums.new_zeros(self._world.size)
-            waits[self._world.rank] = self._wait.seconds()
-            sums = torch.cat([sums, waits])
+        if self._ranks is not None:
+            before = time.perf_counter() - self._interval_started
+            sums = torch.cat([sums, sums.new_tensor(self._ranks.exchanged(before, self._wait.seconds()))])
             dist.all_reduce(sums)
         norms = torch.stack([result.grad_norm for result in self._results]).tolist()
         norms = [norm for norm in norms if math.isfinite(norm)]
-        loss, count, replaced_by_all, hits, samples, *waits_of_ranks = sums.tolist()
+        loss, count, replaced_by_all, hits, samples, *times_of_ranks = sums.tolist()
         seconds = time.perf_counter() - self._interval_started
         rate = len(self._results) * self._plan.global_batch / seconds
-        device = self._world.device
+        device, data_wait = self._world.device, min(1.0, round(self._wait.seconds() / seconds, 4))
+        split, messages = self._compare_ranks(times_of_ranks, data_wait)
         values = {
             "loss": round(loss / count, 5) if count else None,
             "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
@@ -230,8 +239,8 @@ class Metrics:
             "first_step_seconds": self._first_step_seconds,
             "images_per_second": round(rate, 1),
             **self._utilization(rate / self._world.size, len(self._results)),
-            "data_wait": min(1.0, round(self._wait.seconds() / seconds, 4)),
-            "slowest": self._longest_wait(waits_of_ranks, seconds),
+            "data_wait": data_wait,
+            **split,
             # Reserved, not allocated memory: the pool of CUDA graphs does not count as allocated between captures.
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,
@@ -246,6 +255,7 @@ class Metrics:
         self.view.update({"lr": self._rate, **values}, self._plan.global_batch)
         self.view.checkpoint_at = self.saved_at()
         self._display.show_interval()
+        self.print(*messages)
         self.restart_interval()
 
     def _new_hits(self, cache: CacheUse | None) -> tuple[int, int]:
@@ -254,12 +264,21 @@ class Metrics:
         self._cache_use = now
         return now[0] - before[0], now[1] - before[1]
 
-    def _longest_wait(self, seconds: list[float], interval: float) -> str | None:
-        """Return the rank that waited longest for data, with its host; None for a single rank."""
-        if not seconds:
-            return None
-        rank = max(range(len(seconds)), key=seconds.__getitem__)
-        return f"rank {rank} on {self._hosts[rank]} ({seconds[rank] / interval:.1%})"
+    def _compare_ranks(self, times: list[float], data_wait: float) -> tuple[dict[str, Any], list[str]]:
+        """Return the fields about the split of the step time and about the slowest rank, and messages for the log."""
+        if self._ranks is None:
+            return {}, []
+        own, messages = self._ranks.compare(times, first=self._first_step_seconds is not None)
+        communication = min(1 - data_wait, round(own.communication / max(own.seconds, 1e-9), 4))
+        fields = {"compute": round(1 - data_wait - communication, 4), "communication": round(communication, 4)}
+        if (slowest := self._ranks.slowest) is None:
+            return fields, messages
+        return fields | {
+            "slowest_rank": slowest.rank,
+            "slowest_host": slowest.host,
+            "behind": round(max(0.0, slowest.behind), 4),
+            "cause": slowest.cause.name if slowest.cause else None,
+        }, messages
 
     def _utilization(self, rate: float, steps: int) -> dict[str, float]:
         """Return the utilization of a device at `rate` images per second in the last `steps` steps, on rank 0."""

@@ -75,7 +75,17 @@ PANELS = (
     _training("Learning rate", "", "lr"),
     _training("Gradient norm before clipping", "", "grad_norm"),
     _training("Throughput", "images/s", "images_per_second"),
-    _training("Waiting for data", "% of the time", "data_wait", 100),
+    Panel(
+        "Step time of rank 0",
+        "% of the time",
+        (
+            Series("waiting for data", "train", "data_wait", 100),
+            Series("computation", "train", "compute", 100),
+            Series("communication", "train", "communication", 100),
+        ),
+        from_zero=True,
+    ),
+    _training("Delay of the slowest rank", "% more work than the median", "behind", 100),
     _training("GPU memory of rank 0", "GiB", "memory_bytes", 2.0**-30, gpu=True),
     _training("Model FLOPs utilization", "%", "mfu", 100, gpu=True),
 )

@@ -18,8 +18,8 @@ from shards.redact import redacted
 
 LOGGED: dict[str, tuple[str, ...]] = {
     "train": (
-        "loss", "lr", "grad_norm", "epoch", "images_per_second", "size", "data_wait", "mfu", "bandwidth",
-        "memory_bytes", "skipped", "replaced", "cache_hits",
+        "loss", "lr", "grad_norm", "epoch", "images_per_second", "size", "data_wait", "compute", "communication",
+        "behind", "mfu", "bandwidth", "memory_bytes", "skipped", "replaced", "cache_hits",
     ),
     "eval": ("top1", "top5", "loss", "clock"),
     "eval-ema": ("top1", "top5", "loss", "clock"),

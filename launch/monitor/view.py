@@ -50,10 +50,11 @@ class View:
     images_per_second: float | None = None
     average_images_per_second: float | None = None
     data_wait: float | None = None
+    communication: float | None = None
     mfu: float | None = None
     memory_bytes: int = 0
     slowest: str | None = None
-    """Rank and host that waited longest for data; None: there is one rank."""
+    """The slowest rank of the last minute, its host, by how much it is behind, and why; None: not measured."""
     checkpoint_at: float | None = None
     """Time of the last checkpoint by `time.monotonic`; None: none has been written in this start."""
     skipped: int = 0
@@ -76,7 +77,10 @@ class View:
             self.step_seconds = recent if old is None else SMOOTHING * old + (1 - SMOOTHING) * recent
         for name in ("loss", "grad_norm", "images_per_second", "data_wait", "memory_bytes", "skipped", "replaced"):
             setattr(self, name, line[name])
-        self.lr, self.mfu, self.slowest = line["lr"], line.get("mfu"), line["slowest"]
+        self.lr, self.mfu, self.communication = line["lr"], line.get("mfu"), line.get("communication")
+        if line.get("slowest_rank") is not None:
+            cause = f", {line['cause']}" if line["cause"] else ""
+            self.slowest = f"{line['slowest_rank']} on {line['slowest_host']} (+{line['behind']:.0%}{cause})"
 
     @property
     def epoch(self) -> int:
@@ -137,11 +141,12 @@ class View:
         if self.average_images_per_second is not None:
             items.append(f"average {self.average_images_per_second:,.0f}")
         items.append(f"waiting for data {self.data_wait:.1%}")
+        items += [] if self.communication is None else [f"communication {self.communication:.1%}"]
         return items + ([] if self.mfu is None else [f"MFU {self.mfu:.1%}"])
 
     def _health(self) -> list[str]:
         items = [f"GPU memory {self.memory_bytes / 1e9:.1f} GB"] if self.memory_bytes else []
-        items += [f"longest data wait: {self.slowest}"] if self.slowest else []
+        items += [f"slowest rank {self.slowest}"] if self.slowest else []
         if self.checkpoint_at is not None:
             items.append(f"checkpoint {duration(time.monotonic() - self.checkpoint_at)} ago")
         items += [f"skipped steps {self.skipped:,}"] if self.skipped else []

@@ -115,8 +115,18 @@ class Train(Line):
     """Images of all ranks per second."""
     data_wait: Fraction
     """Fraction of the interval in which rank 0's device waited for a batch."""
-    slowest: str | None = None
-    """Rank and host that waited longest for data, if there are several ranks."""
+    compute: Fraction | None = None
+    """Fraction of the interval in which rank 0 computed: the rest without `data_wait` and `communication`."""
+    communication: Fraction | None = None
+    """Fraction of the interval in which rank 0 waited in collectives, for the other ranks or for the transfer."""
+    slowest_rank: Count | None = None
+    """Rank whose own work (without waits in collectives) took longest in the last minute; None: there is one rank."""
+    slowest_host: str | None = None
+    """Host of that rank."""
+    behind: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """By what fraction its own work took longer than that of the median of the other ranks."""
+    cause: str | None = None
+    """Why, if it holds the other ranks back; see [Slow ranks](slow-ranks.md)."""
     mfu: Finite | None = None
     """Model FLOPs utilization: fraction of the device's peak FLOP/s, for the image sizes of the interval's steps."""
     bandwidth: Finite | None = None

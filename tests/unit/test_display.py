@@ -42,9 +42,10 @@ def view(**changes: Any) -> View:
         "images_per_second": 114_321.0,
         "average_images_per_second": 113_011.0,
         "data_wait": 0.004,
+        "communication": 0.031,
         "mfu": 0.312,
         "memory_bytes": 41 * 10**9,
-        "slowest": "rank 17 on node-0007 (2.1%)",
+        "slowest": "17 on node-0007 (+31%, CPU quota)",
         "checkpoint_at": time.monotonic() - 241,
         "skipped": 3,
         "replaced": 12,
@@ -67,15 +68,16 @@ def test_every_item_is_complete_in_80_columns() -> None:
         "elapsed 1 d 07:12:00   ETA 19:23:25",
         "loss 3.214   learning rate 1.98e-03   gradient norm 1.21",
         "last top-1 61.20%, EMA 61.48%   best 61.48% (EMA)",
-        "114,321 images/s   average 113,011   waiting for data 0.4%   MFU 31.2%",
-        "GPU memory 41.0 GB   longest data wait: rank 17 on node-0007 (2.1%)",
+        "114,321 images/s   average 113,011   waiting for data 0.4%   communication 3.1%",
+        "MFU 31.2%",
+        "GPU memory 41.0 GB   slowest rank 17 on node-0007 (+31%, CPU quota)",
         "checkpoint 0:04:01 ago   skipped steps 3   replaced samples 12",
     ]
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
 def test_lines_are_shorter_than_the_terminal_and_no_item_is_divided(width: int) -> None:
-    shown = view(phase="evaluating the moving average: 12,032 of 50,000 images", slowest="rank 17 on n7 (2.1%)")
+    shown = view(phase="evaluating the moving average: 12,032 of 50,000 images", slowest="17 on n7 (+2%)")
     lines = drawn(shown, width)
     assert max(map(len, lines)) < width
     items = [item for row in shown.rows() for item in row]
@@ -102,7 +104,7 @@ def test_the_eta_follows_recent_intervals_and_includes_evaluations() -> None:
     shown = View(total_steps=100, steps_per_epoch=10, evaluation_seconds=0.5)
     line = {
         "steps": 10, "seconds": 29.0, "first_step_seconds": 20.0, "lr": 1.0, "loss": None, "grad_norm": None,
-        "images_per_second": 1.0, "data_wait": 0.0, "memory_bytes": 0, "skipped": 0, "replaced": 0, "slowest": None,
+        "images_per_second": 1.0, "data_wait": 0.0, "memory_bytes": 0, "skipped": 0, "replaced": 0,
     }  # fmt: skip
     shown.step = 10
     shown.update(line, global_batch=8)
@@ -111,6 +113,20 @@ def test_the_eta_follows_recent_intervals_and_includes_evaluations() -> None:
     assert shown.average_images_per_second == pytest.approx(8.0)
     shown.update(line | {"seconds": 60.0, "first_step_seconds": None}, global_batch=8)
     assert 1.5 < (shown.step_seconds or 0) < 6.5
+
+
+def test_the_slowest_rank_is_shown_with_its_host_delay_and_cause() -> None:
+    shown = view(slowest=None)
+    line = {
+        "steps": 10, "seconds": 5.0, "first_step_seconds": None, "lr": 1.0, "loss": None, "grad_norm": None,
+        "images_per_second": 1.0, "data_wait": 0.0, "memory_bytes": 0, "skipped": 0, "replaced": 0,
+        "compute": 0.9, "communication": 0.1, "slowest_rank": 17, "slowest_host": "node-7", "behind": 0.304,
+    }  # fmt: skip
+    shown.update(line | {"cause": None}, global_batch=8)
+    assert "slowest rank 17 on node-7 (+30%)" in shown.line()
+    assert "communication 10.0%" in shown.line()
+    shown.update(line | {"cause": "data"}, global_batch=8)
+    assert "slowest rank 17 on node-7 (+30%, data)" in shown.line()
 
 
 def test_elapsed_time_continues_that_of_earlier_starts() -> None:

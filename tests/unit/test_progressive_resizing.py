@@ -193,7 +193,7 @@ def test_the_dry_run_lists_sizes_steps_and_micro_batches(digits: Path, tmp_path:
 def test_the_eta_counts_the_pixels_of_the_remaining_steps() -> None:
     line = {
         **dict.fromkeys(("loss", "grad_norm", "images_per_second", "data_wait", "memory_bytes", "skipped"), 0),
-        **{"replaced": 0, "lr": 0.1, "slowest": None, "first_step_seconds": None, "steps": 10, "seconds": 10.0},
+        **{"replaced": 0, "lr": 0.1, "first_step_seconds": None, "steps": 10, "seconds": 10.0},
     }
     view = View(total_steps=100, sizes=((0, 32), (50, 64)), step=10)
     view.update(line, 16)
