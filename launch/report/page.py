@@ -17,6 +17,7 @@ from launch.report.charts import charts, run_keys
 from launch.report.loaded_run import LoadedRun
 from launch.report.mistakes import mistakes
 from launch.report.options import chosen, differences, environment, options
+from launch.report.slow_ranks import slow_periods
 from launch.report.summary import clock, paper_accuracy, summarize
 from shards.files.output import MARK
 from shards.progress import duration
@@ -60,6 +61,7 @@ def render(runs: Sequence[LoadedRun]) -> str:
         papers=[name for _, name in papers],
         times=[_shares(run) for run in runs],
         starts=[] if several else _starts(only),
+        slow_periods=[] if several else slow_periods(only.timeline.final),
         differences=differences(runs) if several else [],
         mistakes=mistakes(only.evaluation, only.classes) if not several and only.evaluation else None,
         options=options(only.saved) if not several and only.saved else [],

@@ -17,6 +17,7 @@ from launch.config.recipe import Recipe
 from launch.report.loaded_run import load_runs
 from launch.report.mistakes import THUMBNAIL_BYTES, mistakes
 from launch.report.options import differences
+from launch.report.slow_ranks import slow_periods
 from launch.report.summary import paper_accuracy, summarize
 from launch.run.evaluation_record import RECORD_NAME
 from launch.run.metrics_file import MAX_BYTES as MAX_METRICS
@@ -147,6 +148,31 @@ def test_texts_of_a_run_are_not_interpreted(tmp_path: Path) -> None:
         assert "\x1b" not in content
         assert "secret" not in content
         assert "{{ 7 * 7 }}" in page.text
+
+
+def test_slow_ranks_are_shown_with_their_host_and_cause(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert len(train) > 8
+    for number, line in enumerate(train):
+        line |= {"slowest_rank": 3, "slowest_host": "<b>node-7</b>", "behind": 0.1}
+        line |= {"compute": 0.6, "communication": 0.3}
+        if number in (2, 3, 4):
+            line |= {"behind": 0.2 + number / 10, "cause": "data" if number < 4 else "stopped"}
+        if number == 6:
+            line |= {"slowest_rank": 5, "behind": 0.25, "cause": "CPU quota"}
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = slow_periods(load_runs([run])[0].timeline.final)
+    begin = train[2]["step"] - train[2]["steps"]
+    assert (first.rank, first.steps, first.behind) == ("3", f"{begin:,} to {train[4]['step']:,}", "60%")
+    assert first.cause == "data, then stopped"
+    assert (second.rank, second.cause) == ("5", "CPU quota")
+    assert pipeline(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text())
+    assert f"Slow ranks Rank Host Steps Time Longer than the median Cause 3 <b>node-7</b> {first.steps}" in page.text
+    assert "Delay of the slowest rank" in page.text
+    assert "computation communication" in page.text
 
 
 def test_run_without_validation_split_says_so(tmp_path: Path) -> None:
