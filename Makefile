@@ -123,6 +123,7 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/model.py --out $(OUT)/model.json
 	$(BIN)/python benchmarks/decode.py --out $(OUT)/decode.json
 	$(BIN)/python benchmarks/interpreter_lock.py --out $(OUT)/interpreter_lock.json
+	$(BIN)/python benchmarks/slow_ranks.py --out $(OUT)/slow_ranks.json
 	$(BIN)/python benchmarks/step.py --models fat_b0 fat_b1 --modes training --out $(OUT)/step.json
 
 # Uses neither pip nor .venv. PYTHON must have torch, DALI, accelerate, deepspeed, transformers, pydantic,
