@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -34,6 +35,26 @@ def quota() -> int | None:
     """
     found = [cpus for folder in control_groups() if (cpus := _quota_of(folder)) is not None]
     return max(1, math.ceil(min(found))) if found else None
+
+
+class QuotaPeriods(NamedTuple):
+    """Periods of a CPU quota in which processes of its control group ran, and those in which it stopped them."""
+
+    periods: int
+    throttled: int
+
+
+def quota_periods() -> QuotaPeriods | None:
+    """Return the periods of the smallest CPU quota since the control group exists; None if there is no quota."""
+    limited = [(cpus, folder) for folder in control_groups() if (cpus := _quota_of(folder)) is not None]
+    if not limited:
+        return None
+    try:
+        text = (min(limited)[1] / "cpu.stat").read_text(encoding="ascii")
+        counts = dict(line.split(maxsplit=1) for line in text.splitlines())
+        return QuotaPeriods(int(counts["nr_periods"]), int(counts["nr_throttled"]))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def limit_openmp() -> None:

@@ -81,13 +81,13 @@ def measured_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
-def random_bytes(count: int, device: torch.device) -> torch.Tensor:
+def random_bytes(count: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
     """Return random data to copy: uint8 [count], where `count` is a multiple of 8.
 
     Copying constant data would switch fewer bits, so a GPU would draw less power and run at a higher clock than with
     the feature maps to which the copy is compared.
     """
-    return torch.randint(2**63 - 1, (count // 8,), device=device).view(torch.uint8)
+    return torch.randint(2**63 - 1, (count // 8,), device=device, generator=generator).view(torch.uint8)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

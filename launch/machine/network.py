@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import socket
 from datetime import timedelta
 from typing import Any
@@ -43,22 +44,25 @@ Address = tuple[socket.AddressFamily, Any]
 """Family and socket address, as returned by `socket.getaddrinfo`."""
 
 
-def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
+def join(
+    backend: str, rank0: Address | None, *, several_hosts: bool, timeout: timedelta = START_TIMEOUT
+) -> None:
     """Create the process group. Collective.
 
     Args:
         rank0: address of rank 0 from `rank0_address`.
         several_hosts: whether the ranks run on more than one host.
+        timeout: how long to wait for the other ranks, now and in collectives.
 
     Raises:
-        RendezvousError: the port is in use, or the ranks cannot reach each other.
+        RendezvousError: the port is in use, ranks are missing, or the ranks cannot reach each other.
     """
     for name, value in DEFAULTS.items():  # NCCL reads these variables when the process group is created
         os.environ.setdefault(name, value)
     if several_hosts:
         select_interface(rank0)
     try:
-        dist.init_process_group(backend, timeout=START_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     except RuntimeError as error:
         if (reason := _why_not_joined(str(error))) is None:
             raise
@@ -125,6 +129,8 @@ def _why_not_joined(text: str) -> str | None:
             f"port {port} is in use, perhaps by another run on this machine; start with 'accelerate launch "
             "--main_process_port 0' or 'torchrun --standalone', or set another MASTER_PORT"
         )
+    if joined := re.search(r"(\d+)/(\d+) clients joined", text):
+        return f"only {joined[1]} of {joined[2]} ranks have connected; look for the error of a rank that is missing"
     if "gloo" in text.lower():
         current = os.environ.get(GLOO_INTERFACE)
         return (

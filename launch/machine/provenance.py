@@ -17,6 +17,11 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: installed_version(name) for name in LIBRARIES}}
 
 
+def libraries() -> str:
+    """Return `versions` as one line."""
+    return ", ".join(f"{name} {found}" if found else f"no {name}" for name, found in versions().items())
+
+
 def cpu_name() -> str:
     """Return the model name of the processor."""
     info = Path("/proc/cpuinfo")

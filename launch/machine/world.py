@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -44,21 +45,28 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, ordered by rank. Collective. Values are pickled."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Return the values of all ranks, ordered by rank. Collective. Values are pickled.
+
+        Args:
+            group: process group of all ranks; None: the default group.
+        """
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=group)
         return values
 
 
-def connect(*, numa_binding: bool = True, local_size: int | None = None) -> World:
+def connect(
+    *, numa_binding: bool = True, local_size: int | None = None, timeout: timedelta = network.START_TIMEOUT
+) -> World:
     """Create the process group of this launch from torchrun's environment variables, which accelerate sets too.
 
     Args:
         numa_binding: bind each rank to the cores near its GPU.
         local_size: number of processes among which this machine's cores are divided. None: the processes of this
             launch. Another number lets a single process measure the throughput of one of that many ranks.
+        timeout: how long to wait for the other ranks, now and in collectives.
 
     Raises:
         UserError: several processes were started without a launcher, or no folder for caches is usable.
@@ -88,7 +96,7 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
     if size > 1:
         rank0 = network.rank0_address(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     if size > 1 and not dist.is_initialized():
-        network.join(backend, rank0, several_hosts=local_size < size)
+        network.join(backend, rank0, several_hosts=local_size < size, timeout=timeout)
     return World(rank, size, local_rank, local_size, device, threads, rank0=rank0)
 
 

@@ -10,14 +10,14 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from launch.config.recipe import Recipe
-from launch.machine.provenance import versions
+from launch.machine.provenance import libraries
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import read_regular, unwritable
 from launch.run.status import write_status
@@ -35,6 +35,7 @@ MIN_FREE_IN_RUN = 4 * GIB
 MIN_FREE_IN_TMP = GIB
 # A network file system may cache the absence of a file for some seconds.
 VISIBLE_WITHIN_SECONDS = 15.0
+MIN_CORES_PER_GPU = 2
 
 
 class PreflightFailed(UserError):
@@ -90,7 +91,7 @@ def collect_facts(recipe: Recipe, world: World, token: str) -> Facts:
         data=data_hash(recipe),
         run_folder="shared" if finds_token(recipe.run.out, token) else "not shared with rank 0",
         code=source_hash(),
-        libraries=", ".join(f"{name} {found}" if found else f"no {name}" for name, found in versions().items()),
+        libraries=libraries(),
         host=world.host,
         run_free=_free(recipe.run.out),
         tmp_free=_free(temporary_folder()),
@@ -105,12 +106,27 @@ def differences(nodes: list[Facts]) -> dict[str, list[str]]:
     """
     bad: dict[str, list[str]] = {}
     for name in COMPARED:
-        seen = [getattr(facts, name) for facts in nodes]
-        expected = seen[0] if name == "run_folder" else Counter(seen).most_common(1)[0][0]
-        for facts, value in zip(nodes, seen, strict=True):
-            if value != expected:
-                bad.setdefault(facts.host, []).append(f"{name.replace('_', ' ')} {value}, expected {expected}")
+        seen = [(facts.host, getattr(facts, name)) for facts in nodes]
+        for host, difference in unlike_majority(name.replace("_", " "), seen, first_is_right=name == "run_folder"):
+            bad.setdefault(host, []).append(difference)
     return bad
+
+
+def unlike_majority(
+    what: str, values: Sequence[tuple[str, object]], *, first_is_right: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield (host, difference) of the hosts whose value differs from that of the majority.
+
+    Args:
+        what: name of the property.
+        values: (host, value) of each node.
+        first_is_right: whether the value of the first node is the expected one, instead of the most frequent one.
+    """
+    seen = [value for _, value in values]
+    expected = seen[0] if first_is_right else Counter(seen).most_common(1)[0][0]
+    for host, value in values:
+        if value != expected:
+            yield host, f"{what} {value}, expected {expected}"
 
 
 def minority(bad: Collection[str], count: int) -> list[str]:
@@ -127,13 +143,18 @@ def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:
         short = [f"{host} ({found / GIB:.1f} GiB)" for host, found in free.items() if found < minimum]
         if short:
             lines.append(f"warning: less than {minimum / GIB:.0f} GiB free in the {what} on {', '.join(short)}")
-    short_of_cores = [facts.host for facts in nodes if gpus and facts.cores < 2]
+    short_of_cores = [facts.host for facts in nodes if gpus and facts.cores < MIN_CORES_PER_GPU]
     if short_of_cores:
-        lines.append(
-            f"warning: only one CPU core per GPU on {', '.join(short_of_cores)}, which slows the input pipeline; "
-            "request more from SLURM (--exclusive or --cpus-per-task)"
-        )
+        lines.append(f"warning: {one_core_per_gpu(short_of_cores)}")
     return lines
+
+
+def one_core_per_gpu(hosts: Sequence[str]) -> str:
+    """Return the message about hosts with fewer than `MIN_CORES_PER_GPU` cores per GPU."""
+    return (
+        f"only one CPU core per GPU on {', '.join(hosts)}, which slows the input pipeline; "
+        "request more from SLURM (--exclusive or --cpus-per-task)"
+    )
 
 
 def data_hash(recipe: Recipe) -> str:

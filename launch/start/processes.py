@@ -1,4 +1,4 @@
-"""Start the processes of a training on this machine: `pipeline train --processes 8 -- --variant b3 --data SET`.
+"""Start the processes of a command on this machine: `pipeline train --processes 8 -- --variant b3 --data SET`.
 
 `launch.start.hosts` runs this file on each of several machines.
 
@@ -87,6 +87,19 @@ def run_training(count: int, options: Sequence[str], node: Node | None = None) -
         count: processes on this machine.
         node: this machine, if there are several, with `count` processes each.
     """
+    return run_processes(TRAIN, count, options, name="train", node=node)
+
+
+def run_processes(
+    script: Path, count: int, options: Sequence[str], *, name: str, node: Node | None = None
+) -> int:
+    """Run a script in `count` processes, the ranks of a job; return the exit status of the first that failed, or 0.
+
+    Args:
+        count: processes on this machine.
+        name: name of the job, for temporary files.
+        node: this machine, if there are several, with `count` processes each.
+    """
     from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
@@ -103,19 +116,19 @@ def run_training(count: int, options: Sequence[str], node: Node | None = None) -
         "MASTER_ADDR": node.address,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": f"pipeline-train-{os.getpid()}",
+        "TORCHELASTIC_RUN_ID": f"pipeline-{name}-{os.getpid()}",
         "OMP_NUM_THREADS": "1",  # until each rank has divided the cores
     }
     first = node.number * count
     envs = {rank: common | {"RANK": str(first + rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
-    arguments = {rank: (str(TRAIN), *options) for rank in range(count)}
+    arguments = {rank: (str(script), *options) for rank in range(count)}
     handled = [number.name for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
         logging.CRITICAL
     )  # `_exit_status` says it
-    with _signals_for_the_training(), tempfile.TemporaryDirectory(prefix="pipeline-train-") as folder:
-        running: Any = start_processes("train", sys.executable, arguments, envs, DefaultLogsSpecs(log_dir=folder))
+    with _signals_for_the_processes(), tempfile.TemporaryDirectory(prefix=f"pipeline-{name}-") as folder:
+        running: Any = start_processes(name, sys.executable, arguments, envs, DefaultLogsSpecs(log_dir=folder))
         signal.signal(signal.SIGUSR1, lambda number, frame: _forward(running, number, frame))
         request: SignalException | None = None
         failed: list[ProcessFailure] = []
@@ -149,7 +162,7 @@ def _store(kind: type[TCPStore], node: Node) -> TCPStore:
 
 
 @contextlib.contextmanager
-def _signals_for_the_training() -> Iterator[None]:
+def _signals_for_the_processes() -> Iterator[None]:
     """Restore the handlers of signals that `start_processes` and this file replace."""
     old = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGUSR1)}
     pipe = signal.set_wakeup_fd(-1)
