@@ -104,7 +104,7 @@ def commands_page() -> str:
     """Return the text of docs/commands.md."""
     parts = [COMMANDS]
     for command, kind in COMMAND_CLASSES.items():
-        parts.append(_part(command, kind))
+        parts.append(_part(command, kind, nested=True))
     return "\n".join(parts)
 
 
@@ -140,14 +140,16 @@ def sections(kind: type, name: str = "") -> Iterator[tuple[str, type]]:
             yield from sections(hint, section)
 
 
-def options(kind: type) -> list[Option]:
-    """Return the options of a dataclass, without those of dataclasses in it."""
+def options(kind: type, *, nested: bool = False) -> list[Option]:
+    """Return the options of a dataclass, and with `nested` those of dataclasses in it."""
     helps = field_docstrings(kind)
     hints = typing.get_type_hints(kind, include_extras=True)
     found = []
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(typing.get_type_hints(kind)[field.name]):
+        inner = typing.get_type_hints(kind)[field.name]
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found += options(inner) if nested else []
             continue
         positional = Positional in _all_metadata(hint) or any("Positional" in repr(m) for m in _all_metadata(hint))
         name = _metadata(hint, "name") or field.name.replace("_", "-")
@@ -231,8 +233,8 @@ def _metadata(hint: Any, name: str) -> str:
     return next((str(value) for entry in _all_metadata(hint) if (value := getattr(entry, name, None))), "")
 
 
-def _part(title: str, kind: type) -> str:
-    return f"## {title}\n\n{inspect.getdoc(kind)}\n\n{_table(options(kind))}"
+def _part(title: str, kind: type, *, nested: bool = False) -> str:
+    return f"## {title}\n\n{inspect.getdoc(kind)}\n\n{_table(options(kind, nested=nested))}"
 
 
 def _table(rows: list[Option]) -> str:

@@ -23,6 +23,7 @@ from tyro.conf import subcommand
 from launch.bench.options import Bench
 from launch.deploy.export_command import Export
 from launch.deploy.predict import Predict
+from launch.doctor.options import Doctor
 from launch.race.options import Race
 from launch.recipes.command import Recipes
 from launch.report.command import Report
@@ -116,6 +117,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "recipes": Recipes,
     "race": Race,
+    "doctor": Doctor,
     "bench": Bench,
     "tune": Tune,
     "goodput": Goodput,
@@ -164,6 +166,8 @@ def _run(args: Sequence[str], training: Sequence[str]) -> int:
                 f"-- {' '.join(training)}: only 'train', 'race', 'bench' and 'tune' accept training options after --; "
                 "omit them"
             )
+        if isinstance(command, Doctor):
+            return command.run(list(args[1:]))
         return int(command.run())
     except UserError as error:
         return report(error)

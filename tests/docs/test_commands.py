@@ -14,14 +14,14 @@ from tests.support import vision_libraries
 # A word of a command line -> the options that may follow it.
 OPTIONS: dict[str, set[str]] = {
     "launch/train.py": {"--recipe"} | {row.flag for _, kind in sections(Recipe) for row in options(kind)},
-    **{command: {row.flag for row in options(kind)} for command, kind in COMMAND_CLASSES.items()},
+    **{command: {row.flag for row in options(kind, nested=True)} for command, kind in COMMAND_CLASSES.items()},
 }
 # Pages whose commands only `make test-all` runs, because other tests do the same in less time: convert and select data,
-# resize progressively, export, fuse and count the models, train other models, fine-tune, distill, measure, profile,
-# report, and log to the trackers.
+# resize progressively, export, fuse and count the models, train other models, fine-tune, distill, measure, check
+# hosts, profile, report, and log to the trackers.
 SLOW_PAGES = (
-    *("data-selection", "dense-prediction", "distillation", "fast-input", "fine-tuning", "imagenet", "loaders"),
-    *("migrating", "model", "other-models", "performance", "profiling", "progressive-resizing", "report"),
+    *("data-selection", "dense-prediction", "distillation", "doctor", "fast-input", "fine-tuning", "imagenet"),
+    *("loaders", "migrating", "model", "other-models", "performance", "profiling", "progressive-resizing", "report"),
     "trackers",
 )
 NEEDS_VISION_LIBRARIES = ("dense-prediction",)

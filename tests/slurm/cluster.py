@@ -119,7 +119,9 @@ class Cluster:
                     os.kill(pid, number)
         self._daemons.pop(name).wait()
 
-    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str | Path, check: bool = True, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """Run a SLURM command."""
         return subprocess.run(
             [str(part) for part in command],
@@ -127,7 +129,7 @@ class Cluster:
             capture_output=True,
             text=True,
             check=check,
-            timeout=60,
+            timeout=timeout,
         )
 
     def environment(self) -> dict[str, str]:

@@ -104,6 +104,24 @@ class Host:
         return [int(pid) for pid in ip("netns", "pids", self.name, check=False).split()]
 
 
+class ThisMachine:
+    """This machine in the place of a host, for faults that a network namespace cannot have.
+
+    `ip netns exec` hides the control groups, for example.
+    """
+
+    address = "127.0.0.1"
+
+    def start(
+        self, command: Sequence[str | Path], *, cwd: Path, env: dict[str, str], log: Path
+    ) -> subprocess.Popen[str]:
+        """Run a command on this machine."""
+        with log.open("a", encoding="utf-8") as file:
+            return subprocess.Popen(
+                list(map(str, command)), cwd=cwd, env=env, stdout=file, stderr=file, text=True, start_new_session=True
+            )
+
+
 @contextlib.contextmanager
 def some_hosts(count: int = 2) -> Iterator[list[Host]]:
     """Create hosts 10.77.N.1, .2, ... on a new bridge; delete them and kill their processes afterwards."""

@@ -48,7 +48,7 @@ class Site:
 
 
 @contextmanager
-def serve(folder: Path, **options: Any) -> Iterator[Site]:
+def serve(folder: Path, *, address: str = "127.0.0.1", **options: Any) -> Iterator[Site]:
     """Serve a folder at `site.url` while the block runs."""
     site = Site(folder, **options)
 
@@ -102,13 +102,13 @@ def serve(folder: Path, **options: Any) -> Iterator[Site]:
         except OSError:
             handler.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     server.daemon_threads = True
     if site.tls is not None:
         server.socket = site.tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    site.url = f"http{'s' if site.tls else ''}://127.0.0.1:{server.server_address[1]}/the-set"
+    site.url = f"http{'s' if site.tls else ''}://{address}:{server.server_address[1]}/the-set"
     try:
         yield site
     finally:

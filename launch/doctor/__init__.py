@@ -1,0 +1,1 @@
+"""`pipeline doctor`: find slow and misconfigured hosts before a long run."""

@@ -1,0 +1,153 @@
+"""Measure all ranks of a job at the same time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from launch.doctor.measurements.channel import Channel, open_channel
+from launch.doctor.measurements.clock import ClockOffset, measure_clocks
+from launch.doctor.measurements.device import DeviceSpeed, measure_device
+from launch.doctor.measurements.input import InputFiles, ReadResult, measure_decoding, measure_reading, open_input
+from launch.doctor.measurements.network import all_reduce_latency, measure_all_reduce, measure_pairs
+from launch.doctor.measurements.node import describe_node
+from launch.doctor.measurements.report import NetworkReport, NodeReport, RankReport, Report
+from launch.machine.provenance import device_name
+from launch.machine.world import World
+from shards.errors import first_line
+from shards.redact import redacted
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Duration of each measurement in seconds, and the largest all-reduce in bytes."""
+
+    device: float
+    read: float
+    decode: float
+    all_reduce: float
+    pairs: float
+    largest: int
+
+
+COMPLETE = Durations(device=1.0, read=3.0, decode=1.0, all_reduce=8.0, pairs=12.0, largest=1 << 26)
+BRIEF = Durations(device=0.4, read=1.0, decode=0.0, all_reduce=2.0, pairs=5.0, largest=1 << 24)
+"""Before a training: at most about 20 s."""
+
+
+def measure(
+    world: World, data: Path | str | None, *, cores: int, durations: Durations, phase: Callable[[str], object]
+) -> Report:
+    """Measure this rank, and return the measurements of all ranks. Collective.
+
+    A measurement that fails on one rank is reported by `RankReport.errors`, and does not keep others waiting.
+
+    Args:
+        data: folder or URL of a shard set whose files are read; None: none.
+        cores: CPU cores that the ranks of this host may use together.
+        phase: called with the name of each measurement.
+
+    Raises:
+        RuntimeError: the ranks could not communicate.
+    """
+    started, load = time.monotonic(), os.getloadavg()[0]
+    local = LocalMeasurements()
+    node = local.attempt("host", lambda: describe_node(world, cores=cores, load=load)) if _is_first(world) else None
+    with open_channel(world) as channel:
+        phase("device")
+        channel.align()
+        speed = local.attempt("device", lambda: _speed(world, durations))
+        read, decode = None, None
+        if data is not None:
+            phase("input")
+            read, decode = _input(local, channel, data, durations)
+        own = RankReport(
+            rank=world.rank,
+            host=world.host,
+            device=str(world.device),
+            device_name=device_name(world.device),
+            gpu=speed.gpu if speed else None,
+            matmul=speed.matmul if speed else None,
+            copy=speed.copy if speed else None,
+            cpu_received=speed.cpu_received if speed else None,
+            throttled=speed.throttled if speed else None,
+            read=read.rate if read else None,
+            decode=decode,
+            errors=tuple(local.errors),
+        )
+        if world.size > 1:
+            phase("network")
+        reports = channel.gather((own, node))
+        ranks = tuple(rank for rank, _ in reports)
+        clocks = measure_clocks(channel)
+        nodes = tuple(_complete(node, rank, clocks) for rank, node in reports if node is not None)
+        network = _network(channel, nodes, durations) if world.size > 1 else None
+    location = None if data is None else str(redacted(str(data)))
+    return Report(data=location, nodes=nodes, ranks=ranks, network=network, seconds=time.monotonic() - started)
+
+
+class LocalMeasurements:
+    """Runs measurements that involve no other ranks. One that fails is recorded, because others wait for this rank."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except Exception as error:
+            self.errors.append(f"{what}: {first_line(error) or type(error).__name__}")
+            return None
+
+
+def _is_first(world: World) -> bool:
+    return world.local_rank == 0
+
+
+def _speed(world: World, durations: Durations) -> DeviceSpeed:
+    return measure_device(world.device, threads=world.cores, seconds=durations.device)
+
+
+def _input(
+    local: LocalMeasurements, channel: Channel, data: Path | str, durations: Durations
+) -> tuple[ReadResult | None, float | None]:
+    """Return what was read and the images/s that were decoded. Collective."""
+    world, read, decode = channel.world, None, None
+    found: InputFiles | None = local.attempt("input", lambda: open_input(data))
+    channel.align()
+    if found is not None:
+        files = found
+        read = local.attempt(
+            "read", lambda: measure_reading(files, rank=world.rank, ranks=world.size, seconds=durations.read)
+        )
+    if not durations.decode:
+        return read, None
+    channel.align()
+    if found is not None and read is not None:
+        files, beginning = found, read.beginning
+        seconds = durations.decode
+        decode = local.attempt("decode", lambda: measure_decoding(files, beginning, cores=world.cores, seconds=seconds))
+    return read, decode
+
+
+def _complete(node: NodeReport, rank: RankReport, clocks: list[ClockOffset]) -> NodeReport:
+    """Add what is known only after the measurements."""
+    clock = clocks[node.first_rank]
+    driver = rank.gpu.driver if rank.gpu else None
+    return replace(node, driver=driver, clock_offset=clock.offset, clock_error=clock.error)
+
+
+def _network(channel: Channel, nodes: tuple[NodeReport, ...], durations: Durations) -> NetworkReport:
+    latency = all_reduce_latency(channel)
+    sizes = measure_all_reduce(channel, largest=durations.largest, seconds=durations.all_reduce)
+    pairs = []
+    if len(nodes) > 1:
+        firsts, hosts = [node.first_rank for node in nodes], [node.host for node in nodes]
+        pairs = measure_pairs(channel, firsts, hosts, seconds=durations.pairs)
+    return NetworkReport(latency=latency, all_reduce=sizes, pairs=tuple(pairs))

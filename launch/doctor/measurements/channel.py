@@ -1,0 +1,85 @@
+"""A process group of its own for the measurements: an error or a timeout in it does not affect the training's group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launch.machine.device_peaks import synchronize
+from launch.machine.network import START_TIMEOUT
+from launch.machine.world import World
+
+T = TypeVar("T")
+
+GLOO_TIMEOUT = timedelta(seconds=45)
+"""Longer than the measurements that a rank makes between two messages."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Collectives and messages of all ranks. Every method returns when this rank's device has finished."""
+
+    world: World
+    group: dist.ProcessGroup | None
+    device: torch.device
+    """Device of the tensors that are sent: the GPU with NCCL, else the CPU."""
+
+    def align(self) -> None:
+        """Wait for all ranks, so that they measure at the same time. Collective."""
+        self.largest(0.0)
+
+    def largest(self, value: float) -> float:
+        """Return the largest of the ranks' values. Collective."""
+        if self.world.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return float(tensor.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, ordered by rank. Collective. Values are pickled."""
+        return self.world.gather(value, self.group)
+
+    def gather_number(self, value: int) -> list[int]:
+        """Return the int64 of every rank, with one message per rank. Collective."""
+        own = torch.tensor([value], dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(own) for _ in range(self.world.size)]
+        dist.all_gather(found, own, group=self.group)
+        return [int(one.item()) for one in found]
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor, group=self.group)
+        synchronize(self.device)
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        dist.send(tensor, rank, group=self.group)
+        synchronize(self.device)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        dist.recv(tensor, rank, group=self.group)
+        synchronize(self.device)
+
+
+@contextlib.contextmanager
+def open_channel(world: World) -> Iterator[Channel]:
+    """Create a process group for the measurements, and destroy it afterwards. Collective.
+
+    gloo raises an error after `GLOO_TIMEOUT` without progress. NCCL ends the process when a collective times out, so
+    its timeout is the usual one.
+    """
+    if world.size == 1:
+        yield Channel(world, None, world.device)
+        return
+    nccl = dist.get_backend() == "nccl"
+    group = dist.new_group(timeout=START_TIMEOUT if nccl else GLOO_TIMEOUT)
+    assert group is not None
+    try:
+        yield Channel(world, group, world.device if nccl else torch.device("cpu"))
+    finally:
+        dist.destroy_process_group(group)
