@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
+from launch.doctor.before_training import check_nodes
 from launch.dry_run import show_run
 from launch.engine.engine import Engine
 from launch.engine.execution import kernels_from_environment
@@ -238,7 +239,7 @@ def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
                 # Replace the status of an earlier start, but keep how far its training had come.
                 write_status(run, "running", at=previous.training if previous and previous.interrupted else None)
             renewal.start()
-        warnings = preflight(recipe, world)
+        warnings = [*preflight(recipe, world), *check_nodes(recipe, world, DISPLAY.phase)]
         for warning in warnings:
             DISPLAY.print(warning)
         try:

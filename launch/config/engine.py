@@ -29,6 +29,9 @@ class ParallelConfig:
     consecutive ranks; auto = on for several GPUs, else off. group:8 avoids communication between nodes of 8 GPUs."""
     numa_binding: bool = True
     """Bind each rank to the CPU cores and memory of its GPU's NUMA node, on machines with several NUMA nodes."""
+    check_nodes: bool = True
+    """Measure devices, network and storage of all nodes for at most 20 s before a run on several nodes, and warn about
+    slow nodes ('pipeline doctor' measures for longer). RUN/doctor.json gets the measurements."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|on|off|group:[1-9]\d{0,5}", self.sync_bn):

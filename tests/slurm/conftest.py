@@ -27,7 +27,11 @@ from launch.machine.world import World
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
 from tests.support.launching import ROOT
 
-OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1")
+# --no-check-nodes saves some seconds per start; test_doctor.py sets --check-nodes.
+OPTIONS = (
+    *("--recipe", "launch/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1"),
+    "--no-check-nodes",
+)
 RECORDED = ROOT / "tests" / "slurm" / "recorded_train.py"
 
 

@@ -29,7 +29,7 @@ def steps_of(job: Job, start: int) -> list[int]:
 def test_a_preempted_run_with_zero_on_two_nodes_resumes_with_the_next_batch(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
-    options = ("--data", digits, "--zero", "1", "--stop-after", "24")
+    options = ("--data", digits, "--zero", "1", "--stop-after", "24", "--check-nodes")
     job = start_job(cluster, tmp_path / "run", "--nodes", "2", options=options, PACE="0.5")
     job.wait_for_step(4)
     cluster.run("scancel", "--signal=USR2", "--batch", str(job.number))
@@ -38,6 +38,7 @@ def test_a_preempted_run_with_zero_on_two_nodes_resumes_with_the_next_batch(
     ended = status(job.run)
     assert (ended["status"], ended["step"], ended["reason"]) == ("finished", 24, "")
     assert "DeepSpeed ZeRO-1" in job.log
+    assert len(json.loads((job.run / "doctor.json").read_text())["ranks"]) == 2  # both nodes were measured
 
     for start in (0, 1):
         entries = [entry for entry in job.fed() if entry["start"] == start]
