@@ -12,7 +12,7 @@ Word = Literal["auto", "never", "best"]
 WORDS: tuple[Word, ...] = get_args(Word)
 FORMS = "auto, never, best, step:N, or the path of a checkpoint or run folder"
 _STEP = "step:"
-_MAX_STEP = 1 << 53
+_MAX_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ResumeOption:
                 return cls(word)
         if text.startswith(_STEP):
             digits = text.removeprefix(_STEP)
-            if not (digits.isascii() and digits.isdecimal() and int(digits[:20]) <= _MAX_STEP):
+            if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MAX_DIGITS):
                 hint = "; a path that begins with step: needs ./ in front" if "/" in digits else ""
                 raise RecipeError(f"--resume {text}: expected the number of an optimizer step, as in step:5000{hint}")
             return cls("step", step=int(digits))

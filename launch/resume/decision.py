@@ -173,7 +173,10 @@ def _rewind(out: Path, own: CheckpointFolder, option: ResumeOption, request: str
 
 
 def _branch(out: Path, own: CheckpointFolder, path: Path, request: str, origins: Origins) -> ResumeDecision:
-    run, checkpoint = _located(path)
+    try:
+        run, checkpoint = _located(path)
+    except OSError as error:  # a name that is too long, or a folder that this user cannot open
+        raise RecipeError(f"--resume {path}: cannot be opened ({error.strerror}); expected {FORMS}") from error
     if not own.is_empty():
         began = "from the beginning"
         if origins.branch is not None:
@@ -199,6 +202,7 @@ def _located(path: Path) -> tuple[Path, Path | None]:
 
     Raises:
         RecipeError: there is neither a checkpoint nor a run folder with checkpoints at the path.
+        OSError: the path cannot be opened.
     """
     if not path.is_dir():
         raise RecipeError(_no_folder(path))
