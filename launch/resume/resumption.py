@@ -93,15 +93,15 @@ class Resumption:
     def _without_checkpoint(self, decision: ResumeDecision, messages: list[str], *, damaged: bool) -> Choice:
         """Start anew, or branch again if the run began as a branch."""
         branch = read_origins(self._out).branch
+        if damaged and branch is not None:  # `carry_out` moves the damaged checkpoints, after the other one was loaded
+            messages.append(f"warning: all checkpoints are damaged, so the run branches again from {branch.checkpoint}")
+            again = branch_again(branch)
+            return self._checked(again, *again.open(), messages)
         if damaged:  # new checkpoints of the same steps would replace the damaged ones
-            begins = "starts from the beginning" if branch is None else f"branches again from {branch.checkpoint}"
             messages.append(
-                f"warning: all checkpoints are damaged, so the run {begins}; the damaged checkpoints and the metrics "
-                f"are now in {self._set_all_aside()}"
+                "warning: all checkpoints are damaged, so the run starts from the beginning; the damaged checkpoints "
+                f"and the metrics are now in {self._set_all_aside()}"
             )
-            if branch is not None:
-                again = branch_again(branch)
-                return self._checked(again, *again.open(), messages)
         elif all_weights_files(self._out):
             messages.append(
                 f"warning: {self._out} has weights of an earlier run, but no checkpoints; its weights and metrics are "

@@ -35,7 +35,7 @@ def set_all_aside(run: Path, checkpoints: CheckpointFolder, *, metrics: bool = F
     lone_metrics = metrics and (run / METRICS_NAME).exists()
     archive = checkpoints.archive(even_if_empty=bool(weights) or lone_metrics)
     try:
-        for path in (run / METRICS_NAME, run / RECORD_NAME, run / ORIGIN_NAME, *weights):
+        for path in (run / METRICS_NAME, run / RECORD_NAME, *weights, run / ORIGIN_NAME):
             if archive is not None and path.exists():
                 path.rename(archive / path.name)
     except OSError as error:

@@ -156,6 +156,12 @@ def test_a_branch_whose_checkpoints_are_all_damaged_branches_again(digits: Path,
     assert folder._writer.wait()
     for path in (out / "checkpoints").iterdir():
         (path / "meta.json").unlink(missing_ok=True)
+    copy.rename(tmp_path / "away")
+    for _ in range(2):  # nothing is moved while the other run is missing
+        with pytest.raises(CheckpointError, match="44: damaged"):
+            run_folder(digits, out).resume()
+    (tmp_path / "away").rename(copy)
+    run_folder(digits, out)._resumption.choose()  # a start that is killed before it has loaded the checkpoint
     progress, messages = run_folder(digits, out).resume()
     assert progress.step == 44
     assert any("all checkpoints are damaged, so the run branches again from" in message for message in messages)
