@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
@@ -71,10 +73,11 @@ class RunFolder:
         self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.checkpoint.keep, info=info)
         self._weights = WeightsFiles(self.path, info)
         options = recipe.checkpoint
-        self._local = None
+        self._local: LocalCheckpoints | None = None
+        on_saved: Callable[[Path], object] = lambda path: None  # noqa: E731
         if options.local_checkpoint_every is not None and engine.world.is_main:
             self._local = LocalCheckpoints(options.local_checkpoint_dir, self.path, info=info)
-        on_saved = self._local.attach_to if self._local else lambda path: None
+            on_saved = partial(self._local.attach_to, new=True)
         self._writer = BackgroundWriter(self._checkpoints, self._weights, on_saved=on_saved)
         self._fingerprint = fingerprint(recipe, feed, teacher=engine.teacher.digest if engine.teacher else None)
         self._resumption = Resumption(

@@ -44,17 +44,22 @@ class LocalCheckpoints:
         self._of_run = self._user / xxhash.xxh3_64_hexdigest(os.fsencode(self._run))
         self._folder: CheckpointFolder | None = None
 
-    def attach_to(self, checkpoint: Path) -> None:
+    def attach_to(self, checkpoint: Path, *, new: bool = False) -> None:
         """Let local checkpoints follow a checkpoint of the run folder; remove those that follow another one.
+
+        Args:
+            new: this start has just written the checkpoint or returned to it, so that none of its local checkpoints
+                can follow it yet. Those from before a second return to the same checkpoint are removed.
 
         Raises:
             UserError: the checkpoint cannot be read, or the local folder cannot be used.
         """
+        self._folder = None
         folder = self._of_run / self._key(checkpoint)
         try:
             create_private_folder(self._user, remedy=_REMEDY)
             for other in self._of_run.iterdir() if self._of_run.is_dir() else ():
-                if other != folder:
+                if new or other != folder:
                     shutil.rmtree(other, ignore_errors=True)
         except OSError as error:
             raise UserError(f"--local-checkpoint-dir {about_file(self._user, error)}; {_REMEDY}") from error
@@ -84,13 +89,17 @@ class LocalCheckpoints:
             CheckpointError: it cannot be written.
         """
         if self._folder is None:
-            raise CheckpointError(f"{self._user}: there is no checkpoint in the run folder yet")
+            raise CheckpointError(
+                f"{self._user}: the local checkpoint of step {progress.step} is not written; local checkpoints begin "
+                "again after the next checkpoint in the run folder"
+            )
         self._folder.save(state, progress, fingerprint)
 
     def remove(self) -> None:
-        """Remove all local checkpoints of this run."""
+        """Remove all local checkpoints of this run, if `attach_to` has checked their folder."""
+        if self._folder is not None:
+            shutil.rmtree(self._of_run, ignore_errors=True)
         self._folder = None
-        shutil.rmtree(self._of_run, ignore_errors=True)
 
 
 def load_on_rank0(checkpoint: Checkpoint, world: World) -> dict[str, Tensor]:

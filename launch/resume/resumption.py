@@ -25,6 +25,7 @@ from launch.run.origin import ORIGIN_NAME, Origin, Origins, read_origins, write_
 from launch.run.progress import Progress
 from launch.run.status import RESUME_HINT, RunFailed
 from launch.run.weights_files import WeightsFiles, all_weights_files
+from shards.errors import UserError
 
 Choice = tuple[ResumeDecision, Checkpoint | None, list[str]]
 
@@ -81,7 +82,10 @@ class Resumption:
         """Return the newest local checkpoint if it is newer than that of the run folder, else that; and warnings."""
         if self._local is None:
             return newest, []
-        self._local.attach_to(newest.path)
+        try:
+            self._local.attach_to(newest.path)
+        except UserError as error:
+            return newest, [f"warning: {error}"]
         found, skipped = self._local.newest()
         newer = found is not None and found.progress.step > newest.progress.step
         return found if found is not None and newer else newest, [f"warning: {message}" for message in skipped]
@@ -138,12 +142,15 @@ class Resumption:
             else:
                 messages = self._rewind(decision, found, replace(origin, checkpoint=f"{CHECKPOINTS}/{found.path.name}"))
             write_origins(self._out, read_origins(self._out).completed())
-            if self._local is not None:
-                self._local.attach_to(self._out / CHECKPOINTS / f"step-{step:08d}")
         except OSError as error:
             raise unwritable(self._out, error) from error
         except CheckpointError as error:
             raise RunFailed(f"{error}; {RESUME_HINT}") from error
+        if self._local is not None:
+            try:
+                self._local.attach_to(self._out / CHECKPOINTS / f"step-{step:08d}", new=True)
+            except UserError as error:
+                messages.append(f"warning: {error}")
         return messages
 
     def _copy(self, decision: ResumeDecision, found: Checkpoint, state: dict[str, Tensor], origin: Origin) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,12 +118,44 @@ def test_a_full_memory_is_a_warning(start: Start, tmp_path: Path) -> None:
     assert "step-00000009: checkpoint not written" in message
 
 
-def test_the_folder_must_be_usable(start: Start, tmp_path: Path) -> None:
-    folder = start("--local-checkpoint-dir", str(tmp_path / "file"))
+def test_a_folder_that_cannot_be_used_is_a_warning(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    unusable = ("--local-checkpoint-dir", str(tmp_path / "file"))
+    folder = start(*unusable)
     folder.resume()
     folder.save(progress(4))
     assert folder._writer.wait()
     (message,) = folder.save_errors()
     assert message.startswith(f"--local-checkpoint-dir {tmp_path / 'file'}")
     assert message.endswith("use another --local-checkpoint-dir")
+    folder.save_locally(progress(5))
+    assert folder._writer.wait()
+    assert "the local checkpoint of step 5 is not written" in folder.save_errors()[0]
+    for choice in ("auto", "step:4"):
+        resumed, messages = start(*unusable, "--resume", choice).resume()
+        assert resumed.step == 4
+        assert f"warning: {message}" in messages
+
+
+def test_a_folder_of_another_user_is_not_used(start: Start, tmp_path: Path) -> None:
+    local = tmp_path / "memory" / f"fat-checkpoints-{os.geteuid()}"
+    crashed(start(), shared=4, local=7)
+    local.rename(tmp_path / "theirs")
+    local.symlink_to(tmp_path / "theirs")
+    folder = start()
+    with folder:
+        resumed, messages = folder.resume()
+    assert resumed.step == 4
+    assert any("a symbolic link or a file, not a folder" in message for message in messages)
+    assert files(tmp_path / "theirs") == ["step-00000007"]
+
+
+def test_local_checkpoints_are_not_used_after_a_second_return_to_the_same_step(start: Start, tmp_path: Path) -> None:
+    crashed(start(), shared=4, local=7)
+    for local in (9, 6):
+        (tmp_path / "run" / "origin.json").unlink(missing_ok=True)
+        folder = start("--resume", "step:4")
+        assert folder.resume()[0].step == 4
+        folder.save_locally(progress(local))
+        assert folder._writer.wait()
+    assert start().resume()[0].step == 6
