@@ -25,6 +25,8 @@ PASSED_VARIABLES = ("FAT_", "NCCL_", "GLOO_", "TORCH_", "OMP_", "PYTHONPATH")
 """Beginnings of the names of environment variables that the hosts get: ssh passes none by itself."""
 # Seconds in which the other hosts' trainings can end by themselves after one has failed. They name the rank at fault.
 GRACE_SECONDS = 60.0
+ANSWER_SECONDS = 300.0  # in which a host counts its GPUs; importing torch from busy storage may take a minute
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 
 
@@ -70,25 +72,48 @@ def _processes(hosts: Hosts, environment: Mapping[str, str], given: int | None) 
     """
     command = [sys.executable, "-c", "from launch.start.processes import default_processes; print(default_processes())"]
     connections = [hosts.start_query(n, command, environment) for n in range(len(hosts.names))]
-    found = {}
-    for name, connection in zip(hosts.names, connections, strict=True):
-        output, errors = (text.decode(errors="replace") for text in connection.communicate())
-        if connection.returncode or not output.strip().isdecimal():
-            reason = (errors.strip().splitlines() or ["no output"])[-1]
-            raise UserError(
-                f"--hosts {name}: {reason}; each host must accept ssh without a password, and have this project and "
-                f"{sys.executable} at the same paths"
-            )
-        found[name] = int(output)
+    try:
+        found = {name: _answer(name, connection) for name, connection in zip(hosts.names, connections, strict=True)}
+    finally:
+        for connection in connections:
+            connection.kill()  # no effect on one that has ended
     if given is None and len(set(found.values())) > 1:
         counts = ", ".join(f"{name}: {count}" for name, count in found.items())
         raise UserError(f"--hosts: the hosts have different numbers of GPUs ({counts}); set --processes")
     return given or found[hosts.names[0]]
 
 
+def _answer(name: str, connection: subprocess.Popen[bytes]) -> int:
+    """Return the number that a host has printed in its last line, which may follow output of its shell's start files.
+
+    Raises:
+        UserError: the host cannot be reached, or does not have this project.
+    """
+    try:
+        streams = connection.communicate(timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"--hosts {name}: no answer within {ANSWER_SECONDS:g} seconds; log in to the host, and check that its "
+            "storage responds"
+        ) from None
+    lines, reasons = (
+        [line.strip() for line in stream.decode(errors="replace").splitlines() if line.strip()] for stream in streams
+    )
+    if connection.returncode or not lines or not lines[-1].isdecimal():
+        reason = (reasons or [f"unexpected output {lines[-1]!r}" if lines else "no output"])[-1]
+        raise UserError(
+            f"--hosts {name}: {reason}; each host must accept ssh without a password, and have this project and "
+            f"{sys.executable} at the same paths"
+        )
+    return int(lines[-1])
+
+
 @contextlib.contextmanager
 def _stop_on_signals(connections: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Let the hosts' trainings save and stop on the first signal, and raise KeyboardInterrupt on the second."""
+    """Let the hosts' trainings save and stop on the first signal, and raise KeyboardInterrupt on the second.
+
+    Signals stay ignored if they are, as under nohup.
+    """
     received: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -99,7 +124,8 @@ def _stop_on_signals(connections: Sequence[subprocess.Popen[bytes]]) -> Iterator
         for connection in connections:
             _close(connection)
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, stop) for number in numbers}
     pipe = signal.set_wakeup_fd(-1)  # a thread of `pipeline` would print that the command is interrupted
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import shlex
 import subprocess
@@ -14,8 +15,12 @@ from shards.errors import UserError
 
 HOST = re.compile(r"([\w.-]+@)?\w[\w.:-]*", re.ASCII)
 """A host as ssh accepts it. It cannot begin with a hyphen, which ssh would take for an option."""
-# No questions, since nobody can answer for several hosts, and a limit after which an unreachable host is an error.
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
+# No questions, since nobody can answer for several hosts, and a limit after which an unreachable host is an error. No
+# terminal, because its input does not end with the connection.
+SSH_OPTIONS = (
+    *("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15"),
+    *("-o", "RequestTTY=no"),
+)
 SSH_FAILED = 255  # exit status of ssh itself
 
 # Run on each host: $1 is the folder, then follows the command. `read` fails when the connection ends.
@@ -56,7 +61,7 @@ class Hosts:
         """Return the address of the first host, for which ssh's configuration may have another name.
 
         Raises:
-            UserError: ssh cannot be started.
+            UserError: ssh cannot be started, or the other hosts cannot connect to the address.
         """
         try:
             found = subprocess.run(
@@ -65,7 +70,13 @@ class Hosts:
         except OSError as error:
             raise UserError(f"--ssh {shlex.join(self.ssh)}: cannot be started ({error.strerror})") from None
         lines = dict(line.split(" ", 1) for line in found.stdout.splitlines() if " " in line)
-        return lines.get("hostname", self.names[0].rpartition("@")[2])
+        address = lines.get("hostname", self.names[0].rpartition("@")[2])
+        if len(self.names) > 1 and _is_loopback(address):
+            raise UserError(
+                f"--hosts {' '.join(self.names)}: the other hosts cannot connect to the first one at {address}; use "
+                "its name or address in the network that the hosts have in common"
+            )
+        return address
 
     def start(self, number: int, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a command in the current folder of a host; it gets SIGTERM when the standard input is closed."""
@@ -87,3 +98,10 @@ class Hosts:
         return subprocess.Popen(
             [*self.ssh, *SSH_OPTIONS, self.names[number], remote], start_new_session=True, **streams
         )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return address == "localhost"
