@@ -10,6 +10,8 @@ from pathlib import Path
 
 from launch.config.recipe import Recipe
 from launch.config.resume import ResumeOption
+from launch.run.checkpoint import NAME
+from launch.run.checkpoint_folder import CHECKPOINTS
 from launch.slurm.job import ROOT, Submit, SubmitError, fits
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
@@ -118,7 +120,10 @@ def _container(job: Submit, recipe: Recipe) -> list[str]:
         folders.append(data.absolute())
     resume = ResumeOption.parse(recipe.checkpoint.resume)
     if resume.kind == "path":
-        folders.append(resume.path.absolute())
+        chosen = resume.path.absolute()
+        # The run folder of a checkpoint has the recipe and the names of the classes.
+        in_run = NAME.fullmatch(chosen.name) and chosen.parent.name == CHECKPOINTS
+        folders.append(chosen.parents[1] if in_run else chosen)
     for path, forbidden in (*((str(folder), ",:") for folder in folders), *((mount, ",") for mount in job.mount)):
         if any(character in path for character in forbidden):
             raise SubmitError(f"{path}: a container mount cannot contain a comma or colon; use another folder")

@@ -65,8 +65,9 @@ def test_a_rendered_script_differs_from_the_template_only_in_its_head(tmp_path: 
         ("nvcr.io#nvidia/pytorch:25.01", "SRUN=('--container-image=nvcr.io#nvidia/pytorch:25.01'", "EXEC=()"),
     ],
 )
-def test_container_options(container: str, srun: str, command: str) -> None:
-    training = ["--data", "/scratch/set", "--resume", "/scratch/runs/other"]
+@pytest.mark.parametrize("resume", ["/scratch/runs/other", "/scratch/runs/other/checkpoints/step-00000010"])
+def test_container_options(container: str, srun: str, command: str, resume: str) -> None:
+    training = ["--data", "/scratch/set", "--resume", resume]
     lines = render(Submit(container=container, mount=("/opt",)), parse(training), training).splitlines()
     assert any(line.startswith(srun) for line in lines)
     assert any(line.startswith(command) for line in lines)
