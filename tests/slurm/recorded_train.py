@@ -4,7 +4,8 @@
 
 Rank R appends a line per step to RUN/fed-R.jsonl: start of the job, world size, node, rendezvous, ids and hashes of its
 images. Environment variables: PACE: minimum seconds per step; CRASH_AT: step in which rank 0 raises an exception;
-HANG_AT: step in which rank 1 sleeps for ever (only in the first start of a job).
+HANG_AT: step in which rank 1 sleeps for ever (only in the first start of a job); CRASH_ON_STOP: rank 0 raises an
+exception when it is asked to stop (only in the first start).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import xxhash
 import launch.train
 from launch.config.command_line import parse
 from launch.engine.engine import Engine, StepResult
+from launch.resilience.preempt import Preemption
 
-original_step = Engine.step
+original_step, original_consume = Engine.step, Preemption._consume
 START = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -50,6 +52,14 @@ def step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
     return original_step(engine, batches, step=step, lr=lr)
 
 
+def consume(preemption: Preemption, name: str) -> bool:
+    """Remove a request file; raise an exception after a request to stop."""
+    found = original_consume(preemption, name)
+    if found and name == "PREEMPT" and "CRASH_ON_STOP" in os.environ and START == 0:
+        raise RuntimeError("injected fault")
+    return found
+
+
 def hang() -> None:
     """Sleep for ever, under a name that the test finds in the stacks."""
     while True:
@@ -59,4 +69,5 @@ def hang() -> None:
 if __name__ == "__main__":
     RUN = parse(sys.argv[1:]).run.out
     Engine.step = step  # type: ignore[method-assign]
+    Preemption._consume = consume  # type: ignore[method-assign]
     sys.exit(launch.train.main())

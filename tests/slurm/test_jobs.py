@@ -74,6 +74,18 @@ def test_a_second_failure_without_a_checkpoint_gets_new_nodes(cluster: Cluster, 
     assert job.log.count("requeueing: ") == 1
 
 
+@pytest.mark.slow
+def test_a_run_that_fails_after_a_request_to_stop_is_requeued(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    options = ("--data", digits, "--zero", "0", "--stop-after", "8")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "1", options=options, PACE="0.5", CRASH_ON_STOP="1")
+    job.wait_for_step(1)
+    cluster.run("scancel", "--signal=USR2", "--batch", str(job.number))
+    ended = job.end()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log
+    assert "requeueing: crashed" in job.log
+    assert "restarting in the allocation" not in job.log
+
+
 def test_a_killed_rank_is_replaced_without_a_requeue(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     (tmp_path / "memory").mkdir()
     local = ("--local-checkpoint-every", "1", "--local-checkpoint-dir", tmp_path / "memory")
