@@ -71,6 +71,9 @@ from launch.training_loop import TrainingLoop
 from shards.command import main_program
 from shards.errors import UserError, first_line, open_files_error
 
+# Variables with the number of restarts of a SLURM job (launch/slurm/train.sbatch) and of torchrun --max-restarts.
+RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
 
 def train(
     recipe: Recipe,
@@ -217,8 +220,9 @@ def parse_once() -> Recipe:
 
 def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
     """Start or resume the run of a recipe; return the exit status."""
-    if recipe.checkpoint.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        # `--resume never` excludes only checkpoints from before the job was submitted: a requeued job resumes its own.
+    if recipe.checkpoint.resume == "never" and any(os.environ.get(name, "0") != "0" for name in RESTART_COUNTS):
+        # `--resume never` excludes only checkpoints from before the job was submitted, or torchrun was started: if they
+        # start the training again, it resumes its own.
         # RUN/origin.json has the same effect if a checkpoint was chosen (`launch.resume.decision`).
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     run = recipe.run.out

@@ -24,7 +24,7 @@ from launch.run.checkpoint import CheckpointError
 from launch.run.checkpoint_writer import MAX_FAILURES
 from launch.run.progress import Progress
 from launch.run.status import RunFailed, read_content, read_status, write_status
-from launch.train import plot, run_recipe
+from launch.train import RESTART_COUNTS, plot, run_recipe
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
@@ -120,22 +120,24 @@ def test_unreadable_checkpoints_end_the_start(folders: Folders, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("option", "restarts", "resume"),
     [
-        ("never", "0", "never"),
-        ("never", "1", "auto"),
-        ("never", None, "never"),
-        ("auto", "2", "auto"),
-        ("step:5", "1", "step:5"),  # RUN/origin.json tells that this has been done
+        ("never", {"SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0"}, "never"),
+        ("never", {"SLURM_RESTART_COUNT": "1"}, "auto"),
+        ("never", {"TORCHELASTIC_RESTART_COUNT": "1"}, "auto"),
+        ("never", {}, "never"),
+        ("auto", {"SLURM_RESTART_COUNT": "2"}, "auto"),
+        ("step:5", {"SLURM_RESTART_COUNT": "1"}, "step:5"),  # RUN/origin.json tells that this has been done
     ],
 )
-def test_requeued_slurm_job_resumes_despite_resume_never(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, restarts: str | None, resume: str
+def test_restart_by_slurm_or_torchrun_resumes_despite_resume_never(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, restarts: dict[str, str], resume: str
 ) -> None:
-    """--resume never applies to the run folder at the time when the job was submitted, not to the job's restarts."""
+    """--resume never applies to the run folder when the job was submitted, not when it is restarted."""
     seen: list[str] = []
     monkeypatch.setattr("launch.train.show_run", lambda recipe, _: seen.append(recipe.checkpoint.resume))
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    if restarts is not None:
-        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    for name in RESTART_COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    for name, count in restarts.items():
+        monkeypatch.setenv(name, count)
     recipe = parse(["--data", "x", "--out", str(tmp_path), "--resume", option, "--dry-run"])
     assert run_recipe(recipe, StopSignals()) == 0
     assert seen == [resume]
