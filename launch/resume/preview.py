@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from launch.feed import Feed
 from launch.resume.check import check_resume
-from launch.resume.decision import ResumeDecision
+from launch.resume.decision import ResumeDecision, branch_again
 from launch.resume.fingerprint import fingerprint
 from launch.resume.set_aside import is_later
 from launch.run.checkpoint_folder import CHECKPOINTS, CheckpointFolder
+from launch.run.origin import read_origins
 
 
 def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) -> list[str]:
@@ -22,10 +23,13 @@ def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) ->
     out = feed.recipe.run.out
     checkpoints = CheckpointFolder(out / CHECKPOINTS)
     messages = list(decision.messages)
+    newest, skipped = checkpoints.newest() if decision.kind in ("newest", "never") else (None, [])
+    if decision.kind == "newest" and newest is None and (branch := read_origins(out).branch) is not None:
+        messages.append("warning: all checkpoints are damaged")
+        decision = branch_again(branch)
     if decision.kind in ("rewind", "branch"):
         found, warnings = decision.open()
     else:
-        newest, skipped = checkpoints.newest()
         if newest is None or decision.kind == "never":
             archive = f"starting in {out}, whose checkpoints and metrics would be moved to {checkpoints.next_archive()}"
             return [*messages, archive] if newest is not None or skipped else messages

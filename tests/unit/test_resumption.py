@@ -17,9 +17,11 @@ import torch
 
 import fat
 from launch.resume import fingerprint
+from launch.resume.decision import decide_resume
 from launch.resume.fingerprint import FREE_BETWEEN_EPOCHS, FREE_IN_BRANCH, check_branch, check_fingerprint
 from launch.resume.folder import RunFolder
 from launch.resume.length import describe_schedule
+from launch.resume.preview import preview_resume
 from launch.run.checkpoint import CheckpointError, read_checkpoint
 from launch.run.origin import read_origins
 from launch.run.progress import Progress
@@ -161,6 +163,8 @@ def test_a_branch_whose_checkpoints_are_all_damaged_branches_again(digits: Path,
         with pytest.raises(CheckpointError, match="44: damaged"):
             run_folder(digits, out).resume()
     (tmp_path / "away").rename(copy)
+    preview = preview_resume(decide_resume(out, "auto"), run_folder(digits, out)._feed, None)
+    assert preview[-1].startswith(f"branching from step 44 of {copy}")
     run_folder(digits, out)._resumption.choose()  # a start that is killed before it has loaded the checkpoint
     progress, messages = run_folder(digits, out).resume()
     assert progress.step == 44
