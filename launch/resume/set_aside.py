@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fat
+from launch.monitor.pictures import HARDEST_NAME
 from launch.run.checkpoint import Checkpoint, DamagedCheckpoint, read_checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.evaluation_record import RECORD_NAME, read_evaluation
@@ -16,11 +17,9 @@ from launch.run.weights_files import WeightsFiles, all_weights_files, weights_fi
 from shards.errors import UserError
 from shards.files.durable import sync_folder
 
-HARDEST = "hardest.jpg"  # written with the record of an evaluation
-
 
 def set_all_aside(run: Path, checkpoints: CheckpointFolder, *, metrics: bool = False) -> Path | None:
-    """Move checkpoints, metrics, weights, the last evaluation and origin.json to checkpoints-before-N.
+    """Move checkpoints, metrics, weights, the last evaluation with its images and origin.json to checkpoints-before-N.
 
     Args:
         metrics: move metrics also if there are neither checkpoints nor weights.
@@ -35,7 +34,7 @@ def set_all_aside(run: Path, checkpoints: CheckpointFolder, *, metrics: bool = F
     lone_metrics = metrics and (run / METRICS_NAME).exists()
     archive = checkpoints.archive(even_if_empty=bool(weights) or lone_metrics)
     try:
-        for path in (run / METRICS_NAME, run / RECORD_NAME, *weights, run / ORIGIN_NAME):
+        for path in (run / METRICS_NAME, run / RECORD_NAME, run / HARDEST_NAME, *weights, run / ORIGIN_NAME):
             if archive is not None and path.exists():
                 path.rename(archive / path.name)
     except OSError as error:
@@ -89,7 +88,7 @@ def _later_files(run: Path, step: int) -> list[Path]:
         later = record is not None and (record.step is None or record.step > step)
     except UserError:  # damaged
         later = True
-    return found + [run / name for name in (RECORD_NAME, HARDEST) if later and (run / name).exists()]
+    return found + [run / name for name in (RECORD_NAME, HARDEST_NAME) if later and (run / name).exists()]
 
 
 def restore_best_weights(

@@ -89,14 +89,15 @@ def test_damaged_checkpoints_are_archived_if_none_is_undamaged(folders: Folders)
     for path in checkpoints.iterdir():
         (path / "meta.json").unlink()
     (checkpoints.parent / "metrics.jsonl").write_text("{}\n")
-    (checkpoints.parent / "evaluation.safetensors").touch()
+    for name in ("evaluation.safetensors", "hardest.jpg"):
+        (checkpoints.parent / name).touch()
     progress, messages = folders().resume()
     assert progress.step == 0
     assert "all checkpoints are damaged, so the run starts from the beginning" in messages[2]
     aside = checkpoints.with_name("checkpoints-before-1")
     moved = sorted(path.name for path in aside.iterdir())
     steps = ["step-00000014", "step-00000021"]
-    assert moved == ["evaluation.safetensors", "metrics.jsonl", *steps, "weights-last.safetensors"]
+    assert moved == ["evaluation.safetensors", "hardest.jpg", "metrics.jsonl", *steps, "weights-last.safetensors"]
 
 
 def test_unreadable_checkpoints_end_the_start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
