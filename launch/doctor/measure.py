@@ -63,6 +63,8 @@ def measure(
         phase("device")
         channel.align()
         speed = local.attempt("device", lambda: _speed(world, durations))
+        if speed is not None and speed.error is not None:
+            local.errors.append(speed.error)
         read, decode = None, None
         if data is not None:
             phase("input")

@@ -73,12 +73,20 @@ def choose(
 
 def cores_near(device: int) -> frozenset[int]:
     """Return the logical CPUs of a CUDA device's NUMA node: all CPUs if it has none, empty if unknown."""
-    found: Any = torch.cuda.get_device_properties(device)
-    address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     try:
-        return parse_list((PCI_DEVICES / address / "local_cpulist").read_text())
+        return parse_list((PCI_DEVICES / pci_address(device, domain_digits=4) / "local_cpulist").read_text())
     except (OSError, ValueError):
         return frozenset()
+
+
+def pci_address(device: int | torch.device, *, domain_digits: int) -> str:
+    """Return the PCI address of a CUDA device.
+
+    Args:
+        domain_digits: hexadecimal digits of the PCI domain: 4 in the kernel's names, 8 in those of nvidia-smi.
+    """
+    found: Any = torch.cuda.get_device_properties(device)
+    return f"{found.pci_domain_id:0{domain_digits}x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def parse_list(text: str) -> frozenset[int]:

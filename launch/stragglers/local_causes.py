@@ -30,6 +30,7 @@ SAMPLE_SECONDS = 5.0  # between readings of the counters, which take about 1 ms 
 LATE_SECONDS = 0.02
 CLOCK_SECONDS = 60.0  # between calls of nvidia-smi, which are made only on a rank that is slow
 CLOCK_TIMEOUT = 20.0
+CLOSE_SECONDS = 2.0
 K = TypeVar("K")
 OWN_TASKS = "/proc/self/task"
 SCHEDSTAT_BYTES = 128
@@ -86,8 +87,9 @@ class LocalObserver:
         self._thread.start()
 
     def close(self) -> None:
+        """End the thread, but do not wait for nvidia-smi, which may be blocked in the driver."""
         self._ended = True
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def take(self) -> LocalCauses:
         """Return the causes since the last call, as far as they have been sampled; the last ones if they have not."""

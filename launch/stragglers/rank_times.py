@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any
 
-import torch
-
+from launch.machine.affinity import pci_address
 from launch.machine.world import World
 from launch.stragglers.collective_wait import CollectiveWait
 from launch.stragglers.detection import (
@@ -39,7 +37,8 @@ class RankTimes:
     ) -> None:
         self._rank, self._size, self._waits = world.rank, world.size, waits
         self._detector = StragglerDetector(hosts, incomplete=waits.incomplete, window=window)
-        self._observer = LocalObserver(_gpu_address(world.device), sample_seconds=window / SAMPLES_IN_WINDOW)
+        gpu = pci_address(world.device, domain_digits=8) if world.device.type == "cuda" else ""
+        self._observer = LocalObserver(gpu, sample_seconds=window / SAMPLES_IN_WINDOW)
         self._speed = GpuSpeed(world.device)
 
     @property
@@ -96,11 +95,3 @@ class RankTimes:
         if slowest is not None and slowest.rank == self._rank and slowest.behind > THRESHOLD:
             self._observer.measure_clock()
         return ranks[self._rank], messages
-
-
-def _gpu_address(device: torch.device) -> str:
-    """Return the PCI address of a GPU, by which nvidia-smi finds it; empty on a CPU."""
-    if device.type != "cuda":
-        return ""
-    found: Any = torch.cuda.get_device_properties(device)
-    return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"

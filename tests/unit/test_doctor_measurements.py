@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import shutil
+import signal
 import stat
 import tarfile
 import time
@@ -19,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.doctor.measurements import device
+from launch.doctor.measurements import device, nvidia_smi
 from launch.doctor.measurements.clock import clock_offsets
 from launch.doctor.measurements.device import measure_device
 from launch.doctor.measurements.input import (
@@ -41,6 +42,7 @@ from tests.support.commands import run_pipeline
 from tests.support.cpu_quota import cpu_quota
 from tests.support.launching import python
 from tests.support.serving import serve
+from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
 
@@ -235,6 +237,21 @@ def test_without_nvidia_smi_the_state_is_unknown(monkeypatch: pytest.MonkeyPatch
     with GpuQuery("00000000:65:00.0") as query:
         assert query.done()
     assert query.state is None
+
+
+def test_an_nvidia_smi_that_does_not_end_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the driver of a GPU that no longer responds, where not even SIGKILL ends it."""
+    program, blocked = tmp_path / "nvidia-smi", tmp_path / "blocked"
+    program.write_text(f'#!/bin/sh\nsleep 600 &\necho $! >> "{blocked}"\nwait\n')  # `sleep` keeps the output open
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(nvidia_smi, "TIMEOUT_SECONDS", 0.2)
+    with GpuQuery("00000000:65:00.0") as query:
+        wait_until(lambda: blocked.exists() and len(blocked.read_text().split()) == 2, "the programs")
+    assert query.timed_out
+    assert query.state is None
+    for pid in map(int, blocked.read_text().split()):
+        os.kill(pid, signal.SIGKILL)  # fails if it has ended
 
 
 # -- input -------------------------------------------------------------------------------------------------------------

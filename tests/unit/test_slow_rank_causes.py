@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,26 @@ def test_clocks_that_nvidia_smi_does_not_know_are_0(answer: str) -> None:
 def test_a_missing_nvidia_smi_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpu_clocks("00000000:1b:00.0") == (0.0, 0.0)
+
+
+def test_a_blocked_nvidia_smi_does_not_delay_the_end_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ends = threading.Event(), threading.Event()
+
+    def blocked(gpu: str) -> tuple[float, float]:
+        began.set()
+        ends.wait(600)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(local_causes, "gpu_clocks", blocked)
+    monkeypatch.setattr(local_causes, "CLOSE_SECONDS", 0.1)
+    observer = LocalObserver("00000000:1b:00.0", sample_seconds=0.1)
+    observer.measure_clock()
+    assert began.wait(60)
+    observer.close()
+    assert observer._thread.is_alive()
+    ends.set()
+    observer._thread.join(60)
+    assert not observer._thread.is_alive()
 
 
 def test_a_stopped_process_continues() -> None:

@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from launch.doctor.measurements.nvidia_smi import GpuQuery
 from launch.doctor.measurements.report import GpuState
+from launch.machine.affinity import pci_address
 from launch.machine.device_peaks import COPIED, MATRIX, random_bytes, synchronize
 from shards.cores import quota_periods
 
 WARMUP_SECONDS = 0.2  # a GPU raises its clocks within this time
 BLOCK_SECONDS = 0.02  # duration of one timed block of operations on a GPU
 QUERY_SECONDS = 5.0  # longest wait for nvidia-smi, during which the GPU is kept busy
+MEMORY_PARTS = 8  # of a GPU's free memory, of which the copy uses at most two
 # On a CPU every core multiplies its own matrices, which fit into its cache, and copies its own memory, which does not.
 CPU_MATRIX = 512
 CPU_COPIED = 1 << 25
@@ -35,6 +36,8 @@ class DeviceSpeed:
     gpu: GpuState | None = None
     cpu_received: float | None = None
     throttled: float | None = None
+    error: str | None = None
+    """What could not be measured, and why."""
 
 
 def measure_device(device: torch.device, *, threads: int, seconds: float) -> DeviceSpeed:
@@ -48,13 +51,13 @@ def measure_device(device: torch.device, *, threads: int, seconds: float) -> Dev
 
 def _measure_gpu(device: torch.device, seconds: float) -> DeviceSpeed:
     generator = torch.Generator(device).manual_seed(0)  # the training's random numbers must not change
-    products, state = _multiply_on_gpu(device, seconds, generator)
+    products, query = _multiply_on_gpu(device, seconds, generator)
     moved = _copy_on_gpu(device, seconds, generator)
-    torch.cuda.empty_cache()
-    return DeviceSpeed(matmul=products, copy=moved, gpu=state)
+    error = "nvidia-smi: it does not end; look for errors of the driver in 'dmesg'" if query.timed_out else None
+    return DeviceSpeed(matmul=products, copy=moved, gpu=query.state, error=error)
 
 
-def _multiply_on_gpu(device: torch.device, seconds: float, generator: torch.Generator) -> tuple[float, GpuState | None]:
+def _multiply_on_gpu(device: torch.device, seconds: float, generator: torch.Generator) -> tuple[float, GpuQuery]:
     side = MATRIX["cuda"]
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(2))
     out = torch.empty_like(a)
@@ -63,24 +66,16 @@ def _multiply_on_gpu(device: torch.device, seconds: float, generator: torch.Gene
         torch.mm(a, b, out=out)
 
     _gpu_rate(multiply, device, WARMUP_SECONDS)
-    with GpuQuery(_address(device)) as query:
+    with GpuQuery(pci_address(device, domain_digits=8)) as query:
         rate = _gpu_rate(multiply, device, seconds, busy=lambda: not query.done())
-    return 2 * side**3 * rate, query.state
+    return 2 * side**3 * rate, query
 
 
 def _copy_on_gpu(device: torch.device, seconds: float, generator: torch.Generator) -> float:
-    source = random_bytes(COPIED["cuda"], device, generator)
+    free, _ = torch.cuda.mem_get_info(device)  # other processes may use the GPU
+    source = random_bytes(min(COPIED["cuda"], free // MEMORY_PARTS // 8 * 8), device, generator)
     target = torch.zeros_like(source)
     return 2 * source.nbytes * _gpu_rate(lambda: target.copy_(source), device, seconds)
-
-
-def _address(device: torch.device) -> str | None:
-    """Return the PCI address of a GPU as nvidia-smi prints it; None if torch does not know it."""
-    found: Any = torch.cuda.get_device_properties(device)
-    try:
-        return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-    except AttributeError:
-        return None
 
 
 def _gpu_rate(

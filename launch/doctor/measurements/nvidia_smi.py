@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from types import TracebackType
 
 from launch.doctor.measurements.report import GpuState
 
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0  # after the block of `GpuQuery`
 # Since driver 535 throttle reasons are called event reasons; the first query that nvidia-smi accepts is used.
 REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 FIELDS = (
@@ -33,16 +34,18 @@ class GpuQuery:
     """nvidia-smi, running while the block works: clocks are those under load. `state` is set after the block.
 
     Args:
-        address: PCI address of the GPU; None: run nothing.
+        address: PCI address of the GPU.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str) -> None:
         self._address, self._running = address, list[subprocess.Popen[str]]()
         self.state: GpuState | None = None
+        self.timed_out = False
+        """Whether nvidia-smi did not end in time, as it does if a GPU or its driver no longer responds."""
 
     def __enter__(self) -> GpuQuery:
         program = shutil.which("nvidia-smi")
-        if program is None or self._address is None:
+        if program is None:
             return self
         for reasons in REASON_FIELDS:
             query = ",".join((*FIELDS, reasons))
@@ -58,12 +61,13 @@ class GpuQuery:
         return all(process.poll() is not None for process in self._running)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        end = time.monotonic() + TIMEOUT_SECONDS
         for process in self._running:
             try:
-                out, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+                out, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+                process.kill()  # without waiting for its end: no signal ends a process that is blocked in the driver
+                self.timed_out = True
                 continue
             if process.returncode == 0 and self.state is None:
                 self.state = parse(out)
