@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from launch.doctor.measurements.nvidia_smi import EXPECTED_REASONS
-from launch.doctor.measurements.report import NodeReport, RankReport, Report
+from launch.doctor.measurements.report import NodeReport, Pair, RankReport, Report
 from launch.doctor.thresholds import Thresholds
 from launch.doctor.units import bandwidth, bytes_text, flops, latency
 from launch.resilience.preflight import MIN_CORES_PER_GPU, minority, one_core_per_gpu, unlike_majority
@@ -20,6 +20,8 @@ LATENCY_NOISE = 0.0005  # seconds: differences of latencies below this are not r
 # The scheduler of the system divides cores evenly, but not over less than a second.
 MIN_CPU_RECEIVED = 0.6
 """Smallest fraction of the median of `cpu_received`."""
+MIN_CPU_COPY = 0.6
+"""Smallest fraction of the median of a memory copy on a CPU, whose memory other processes use too."""
 THROTTLED_RECEIVED = 0.9
 """Largest `cpu_received` of a process that its CPU quota slows down."""
 
@@ -74,10 +76,11 @@ def _hosts(report: Report, limits: Thresholds) -> Iterator[Finding]:
     ):
         for host, difference in unlike_majority(what, values):
             yield Finding(kind="versions", hosts=(host,), message=f"{host}: {difference}; install the same version")
-    yield from _few_cores(nodes, limits)
-    for node, value, median in _below(nodes, lambda node: float(node.memory), limits.slow):
-        text = f"{node.host}: {bytes_text(value)} of memory, {_compared(value, median, bytes_text)}"
-        yield Finding(kind="memory", hosts=(node.host,), message=text, value=value, median=median)
+    for alike in _with_same_device(report):
+        yield from _few_cores(alike, limits)
+        for node, value, median in _below(alike, lambda node: float(node.memory), limits.slow):
+            text = f"{node.host}: {bytes_text(value)} of memory, {_compared(value, median, bytes_text)}"
+            yield Finding(kind="memory", hosts=(node.host,), message=text, value=value, median=median)
     gpu_hosts = {rank.host for rank in report.ranks if _is_gpu(rank)}
     short = [node.host for node in nodes if node.host in gpu_hosts and node.rank_cores < MIN_CORES_PER_GPU]
     if short:
@@ -106,6 +109,15 @@ def _hosts(report: Report, limits: Thresholds) -> Iterator[Finding]:
             yield Finding(
                 kind="failed", hosts=(rank.host,), rank=rank.rank, message=f"{_name(rank)}: not measured: {error}"
             )
+
+
+def _with_same_device(report: Report) -> list[list[NodeReport]]:
+    """Return the hosts by device: a cluster may have several types of hosts, with other numbers of cores."""
+    devices = {rank.host: rank.device_name for rank in report.ranks}
+    groups: dict[str | None, list[NodeReport]] = {}
+    for node in report.nodes:
+        groups.setdefault(devices.get(node.host), []).append(node)
+    return list(groups.values())
 
 
 def _few_cores(nodes: Sequence[NodeReport], limits: Thresholds) -> Iterator[Finding]:
@@ -149,7 +161,8 @@ def _devices(report: Report, limits: Thresholds) -> Iterator[Finding]:
                 kind="matmul", hosts=(rank.host,), rank=rank.rank, value=value, median=median,
                 message=text + _cause(rank, report.nodes),
             )  # fmt: skip
-        for rank, value, median in _below(ranks, lambda rank: rank.copy, limits.slow):
+        least = limits.slow if _is_gpu(ranks[0]) else min(limits.slow, MIN_CPU_COPY)
+        for rank, value, median in _below(ranks, lambda rank: rank.copy, least):
             text = f"{_name(rank)}: memory copy {bandwidth(value)}, {_compared(value, median, bandwidth)}"
             yield Finding(
                 kind="copy", hosts=(rank.host,), rank=rank.rank, value=value, median=median,
@@ -209,27 +222,28 @@ def _network(report: Report, limits: Thresholds) -> Iterator[Finding]:
     if report.network is None or not report.network.pairs:
         return
     pairs = report.network.pairs
-    hosts = list(dict.fromkeys(host for pair in pairs for host in pair.hosts))
-    delays = {host: statistics.median_low([p.latency for p in pairs if host in p.hosts]) for host in hosts}
-    rates = {host: statistics.median_high([p.bandwidth for p in pairs if host in p.hosts]) for host in hosts}
+    measured: dict[tuple[str, ...], list[Pair]] = {}
+    for host in dict.fromkeys(host for pair in pairs for host in pair.hosts):
+        own = [pair for pair in pairs if host in pair.hosts]
+        # Of a host's only pair, the other host may be the cause: both are named.
+        measured[own[0].hosts if len(own) == 1 else (host,)] = own
+    delays = {hosts: statistics.median_low([pair.latency for pair in own]) for hosts, own in measured.items()}
+    rates = {hosts: statistics.median_high([pair.bandwidth for pair in own]) for hosts, own in measured.items()}
     delay, rate = statistics.median_low(delays.values()), statistics.median_high(rates.values())
-    if len(hosts) == 2:  # both have the same figures, so there is no median to compare them to
-        hosts = [" and ".join(hosts)]
-        delays, rates = {hosts[0]: delay}, {hosts[0]: rate}
-    for name in hosts:
-        named = pairs[0].hosts if name not in pairs[0].hosts and len(pairs) == 1 else (name,)
-        late = delays[name] > max(limits.max_latency_ratio * delay, delay + LATENCY_NOISE)
-        if late or delays[name] > limits.max_latency:
-            limit = _compared(delays[name], delay, latency) if late else f"more than {latency(limits.max_latency)}"
-            text = f"{name}: latency to other hosts {latency(delays[name])}, {limit}"
-            yield Finding(kind="latency", hosts=named, value=delays[name], median=delay if late else None, message=text)
-        narrow = rates[name] < limits.slow_network * rate
-        if narrow or rates[name] < 1e9 * limits.min_bandwidth:
-            limit = _compared(rates[name], rate, bandwidth) if narrow else f"less than {limits.min_bandwidth:g} GB/s"
-            text = f"{name}: bandwidth to other hosts {bandwidth(rates[name])}, {limit}"
-            yield Finding(
-                kind="bandwidth", hosts=named, value=rates[name], median=rate if narrow else None, message=text
-            )
+    for hosts in measured:
+        name, value = " and ".join(hosts), delays[hosts]
+        to_others = "between them" if len(hosts) == 2 else "to other hosts"
+        late = value > max(limits.max_latency_ratio * delay, delay + LATENCY_NOISE)
+        if late or value > limits.max_latency:
+            limit = _compared(value, delay, latency) if late else f"more than {latency(limits.max_latency)}"
+            text = f"{name}: latency {to_others} {latency(value)}, {limit}"
+            yield Finding(kind="latency", hosts=hosts, value=value, median=delay if late else None, message=text)
+        value = rates[hosts]
+        narrow = value < limits.slow_network * rate
+        if narrow or value < 1e9 * limits.min_bandwidth:
+            limit = _compared(value, rate, bandwidth) if narrow else f"less than {limits.min_bandwidth:g} GB/s"
+            text = f"{name}: bandwidth {to_others} {bandwidth(value)}, {limit}"
+            yield Finding(kind="bandwidth", hosts=hosts, value=value, median=rate if narrow else None, message=text)
 
 
 # -- input -------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,27 @@ def test_devices_are_compared_only_with_devices_of_the_same_name() -> None:
         replace(rank, device_name="NVIDIA L4", matmul=100e12, copy=3e11) if rank.host == "n2" else rank
         for rank in JOB.ranks
     )
-    assert find(replace(JOB, ranks=ranks), DEFAULTS) == []
+    other = with_node(replace(JOB, ranks=ranks), 2, cores=8, memory=64 * GIB)  # another type of host
+    assert find(other, DEFAULTS) == []
+
+
+@pytest.mark.parametrize(("fraction", "kinds"), [(0.7, []), (0.5, ["copy"])])
+def test_the_memory_of_a_cpu_may_be_slowed_by_other_processes(fraction: float, kinds: list[str]) -> None:
+    report = with_rank(ON_CPUS, 1, copy=fraction * 3.9e12)
+    assert [finding.kind for finding in find(report, DEFAULTS)] == kinds
+
+
+def test_both_hosts_of_a_slow_pair_are_named_if_they_met_no_others() -> None:
+    """In the first round, after which a slow connection leaves no time for others."""
+    report = with_slow_link(healthy(7), "n0", latency=1000, bandwidth=0.001)
+    assert report.network is not None
+    pairs = tuple(pair for pair in report.network.pairs if pair.hosts in {("n0", "n5"), ("n1", "n4"), ("n2", "n3")})
+    found = find(replace(report, network=replace(report.network, pairs=pairs)), DEFAULTS)
+    assert [(finding.kind, finding.hosts) for finding in found] == [
+        ("latency", ("n0", "n5")),
+        ("bandwidth", ("n0", "n5")),
+    ]
+    assert hosts_to_exclude(found, report) == []
 
 
 def test_one_slow_host_does_not_accuse_the_others_of_three() -> None:
@@ -143,7 +163,7 @@ def test_of_two_hosts_both_are_named_as_a_pair_and_none_is_excluded() -> None:
         ("latency", ("n0", "n1")),
         ("bandwidth", ("n0", "n1")),
     ]
-    assert "n0 and n1: latency to other hosts 20.0 ms, more than 5,000 us" in found[0].message
+    assert "n0 and n1: latency between them 20.0 ms, more than 5,000 us" in found[0].message
     assert "less than 0.1 GB/s" in found[1].message
     assert hosts_to_exclude(found, report) == []
 
