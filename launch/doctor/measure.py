@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 from launch.doctor.measurements.channel import Channel, open_channel
 from launch.doctor.measurements.clock import ClockOffset, measure_clocks
 from launch.doctor.measurements.device import DeviceSpeed, measure_device
 from launch.doctor.measurements.input import InputFiles, ReadResult, measure_decoding, measure_reading, open_input
-from launch.doctor.measurements.network import all_reduce_latency, measure_all_reduce, measure_pairs
+from launch.doctor.measurements.network import (
+    all_reduce_latency,
+    measure_all_reduce,
+    measure_pairs,
+    reserve_memory,
+)
 from launch.doctor.measurements.node import describe_node
 from launch.doctor.measurements.report import NetworkReport, NodeReport, RankReport, Report
+from launch.machine.network import START_TIMEOUT
 from launch.machine.provenance import device_name
 from launch.machine.world import World
 from shards.errors import first_line
@@ -26,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Durations:
-    """Duration of each measurement in seconds, and the largest all-reduce in bytes."""
+    """Duration of each measurement in seconds, the largest all-reduce in bytes, and NCCL's timeout."""
 
     device: float
     read: float
@@ -34,10 +44,18 @@ class Durations:
     all_reduce: float
     pairs: float
     largest: int
+    nccl_timeout: timedelta
 
 
-COMPLETE = Durations(device=1.0, read=3.0, decode=1.0, all_reduce=8.0, pairs=12.0, largest=1 << 26)
-BRIEF = Durations(device=0.4, read=1.0, decode=0.0, all_reduce=2.0, pairs=5.0, largest=1 << 24)
+JOIN_TIMEOUT = timedelta(minutes=2)
+"""How long to wait for ranks that have not started yet; imports take long on cold file systems."""
+COMPLETE = Durations(
+    device=1.0, read=3.0, decode=1.0, all_reduce=8.0, pairs=12.0, largest=1 << 26, nccl_timeout=JOIN_TIMEOUT
+)
+# NCCL cannot be interrupted otherwise than by ending the process, so its timeout is that of the training's start.
+BRIEF = Durations(
+    device=0.4, read=1.0, decode=0.0, all_reduce=2.0, pairs=5.0, largest=1 << 24, nccl_timeout=START_TIMEOUT
+)
 """Before a training: at most about 20 s."""
 
 
@@ -59,16 +77,18 @@ def measure(
     started, load = time.monotonic(), os.getloadavg()[0]
     local = LocalMeasurements()
     node = local.attempt("host", lambda: describe_node(world, cores=cores, load=load)) if _is_first(world) else None
-    with open_channel(world) as channel:
+    with _without_lasting_memory(world.device), open_channel(world, durations.nccl_timeout) as channel:
         phase("device")
         channel.align()
         speed = local.attempt("device", lambda: _speed(world, durations))
         if speed is not None and speed.error is not None:
             local.errors.append(speed.error)
+        _release_memory(world.device)
         read, decode = None, None
         if data is not None:
             phase("input")
             read, decode = _input(local, channel, data, durations)
+        reserved = local.attempt("network", lambda: reserve_memory(world.device)) if world.size > 1 else None
         own = RankReport(
             rank=world.rank,
             host=world.host,
@@ -85,13 +105,30 @@ def measure(
         )
         if world.size > 1:
             phase("network")
+        all_reserved = world.size > 1 and channel.largest(0.0 if reserved else 1.0) == 0
         reports = channel.gather((own, node))
         ranks = tuple(rank for rank, _ in reports)
         clocks = measure_clocks(channel)
         nodes = tuple(_complete(node, rank, clocks) for rank, node in reports if node is not None)
-        network = _network(channel, nodes, durations) if world.size > 1 else None
+        network = _network(channel, nodes, durations) if all_reserved else None
     location = None if data is None else str(redacted(str(data)))
     return Report(data=location, nodes=nodes, ranks=ranks, network=network, seconds=time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _without_lasting_memory(device: torch.device) -> Iterator[None]:
+    """Return the memory that the block has used to the GPU, and leave it out of the peak that a training reports."""
+    try:
+        yield
+    finally:
+        _release_memory(device)
+
+
+def _release_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # after an error of the GPU, every call raises it again
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 class LocalMeasurements:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from launch.doctor.findings import find, hosts_to_exclude
 from launch.doctor.json_file import to_json
-from launch.doctor.measure import COMPLETE, measure
+from launch.doctor.measure import COMPLETE, JOIN_TIMEOUT, measure
 from launch.doctor.measurements.input import open_input
 from launch.doctor.tables import show
 from launch.machine.world import broadcast_from_rank0, connect, run_command
@@ -23,9 +22,6 @@ from shards.progress import Phases
 
 if TYPE_CHECKING:
     from launch.doctor.options import Doctor
-
-JOIN_TIMEOUT = timedelta(minutes=2)
-"""How long to wait for ranks that have not started yet; imports take long on cold file systems."""
 
 
 def run_rank(command: Doctor) -> int:

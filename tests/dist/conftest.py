@@ -11,7 +11,8 @@ from tests.dist.trainings import Trainer
 from tests.support.runs import STARTED, kill_everything
 
 PROGRAMS = (
-    *(f"tests.dist.{name}" for name in ("damage_run", "engine_run", "host_waits_run", "kernel_check_run", "norm_run")),
+    *(f"tests.dist.{name}" for name in ("damage_run", "doctor_run", "engine_run", "host_waits_run")),
+    *(f"tests.dist.{name}" for name in ("kernel_check_run", "norm_run")),
     *("tests.dist.inject_fault", "tests.dist.record_batches", "tests.dist.record_example", "tests.dist.slow_rank_run"),
     "launch.train",
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.forked import Launcher
 from tests.support.launching import run
 
 DOCTOR = (sys.executable, "-m", "launch.cli", "doctor")
@@ -46,6 +47,17 @@ def test_several_processes_are_measured_together(tmp_path: Path, photos: Path) -
     assert sizes[0] == 1 << 16
     for entry in content["network"]["all_reduce"]:  # 2 (n - 1) / n = 1 for two ranks
         assert entry["bus_bandwidth"] == pytest.approx(entry["bytes"] / entry["seconds"])
+
+
+def test_ranks_do_not_wait_for_one_without_memory_for_messages(launch: Launcher, tmp_path: Path) -> None:
+    output = tmp_path / "doctor.json"
+    launch.start("tests.dist.doctor_run", output, ranks=2)
+    assert launch.join()[0] == 1, launch.errors.read_text()  # the launcher then kills the other rank
+    content = json.loads(output.read_text())
+    assert content["network"] is None
+    errors = [(finding["rank"], finding["message"]) for finding in content["findings"] if finding["kind"] == "failed"]
+    assert [rank for rank, _ in errors] == [1]
+    assert errors[0][1].endswith("not measured: network: cpu: out of memory")
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from launch.machine.device_peaks import synchronize
-from launch.machine.network import START_TIMEOUT
 from launch.machine.world import World
 
 T = TypeVar("T")
@@ -51,7 +50,8 @@ class Channel:
         own = torch.tensor([value], dtype=torch.int64, device=self.device)
         found = [torch.empty_like(own) for _ in range(self.world.size)]
         dist.all_gather(found, own, group=self.group)
-        return [int(one.item()) for one in found]
+        numbers: list[int] = torch.cat(found).tolist()  # copied from the device at once
+        return numbers
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor, group=self.group)
@@ -67,17 +67,19 @@ class Channel:
 
 
 @contextlib.contextmanager
-def open_channel(world: World) -> Iterator[Channel]:
+def open_channel(world: World, nccl_timeout: timedelta) -> Iterator[Channel]:
     """Create a process group for the measurements, and destroy it afterwards. Collective.
 
-    gloo raises an error after `GLOO_TIMEOUT` without progress. NCCL ends the process when a collective times out, so
-    its timeout is the usual one.
+    gloo raises an error after `GLOO_TIMEOUT` without progress.
+
+    Args:
+        nccl_timeout: time after which NCCL ends the process if a collective makes no progress.
     """
     if world.size == 1:
         yield Channel(world, None, world.device)
         return
     nccl = dist.get_backend() == "nccl"
-    group = dist.new_group(timeout=START_TIMEOUT if nccl else GLOO_TIMEOUT)
+    group = dist.new_group(timeout=nccl_timeout if nccl else GLOO_TIMEOUT)
     assert group is not None
     try:
         yield Channel(world, group, world.device if nccl else torch.device("cpu"))

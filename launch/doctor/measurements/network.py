@@ -21,6 +21,21 @@ PING_SECONDS, MIN_PINGS, MAX_PINGS = 0.2, 3, 30
 # A message for the bandwidth takes about this long; a first one of the smallest size determines its size.
 BULK_SECONDS, MIN_BULK, MAX_BULK, BULK_REPEATS = 0.1, 1 << 18, 1 << 26, 3
 
+RESERVED = 4 * MAX_BULK  # bytes: more than all tensors of these measurements
+
+
+def reserve_memory(device: torch.device) -> bool:
+    """Let torch's allocator take the memory of these measurements from a GPU; return True.
+
+    An error in the middle of a measurement would leave the other ranks waiting.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU does not have this memory.
+    """
+    if device.type == "cuda":
+        torch.empty(RESERVED, dtype=torch.uint8, device=device)
+    return True
+
 
 def all_reduce_latency(channel: Channel) -> float:
     """Return the shortest duration of an all-reduce of 8 bytes, in seconds. Collective."""
