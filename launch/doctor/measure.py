@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -159,18 +160,18 @@ def _input(
     """Return what was read and the images/s that were decoded. Collective."""
     world, read, decode = channel.world, None, None
     found: InputFiles | None = local.attempt("input", lambda: open_input(data))
-    channel.align()
+    seed = int(channel.largest(secrets.randbelow(2**32)))
     if found is not None:
-        files = found
+        files, seconds = found, durations.read
         read = local.attempt(
-            "read", lambda: measure_reading(files, rank=world.rank, ranks=world.size, seconds=durations.read)
+            "read",
+            lambda: measure_reading(files, rank=world.rank, ranks=world.size, seconds=seconds, seed=seed),
         )
     if not durations.decode:
         return read, None
     channel.align()
     if found is not None and read is not None:
-        files, beginning = found, read.beginning
-        seconds = durations.decode
+        files, beginning, seconds = found, read.beginning, durations.decode
         decode = local.attempt("decode", lambda: measure_decoding(files, beginning, cores=world.cores, seconds=seconds))
     return read, decode
 

@@ -257,14 +257,24 @@ def test_an_nvidia_smi_that_does_not_end_is_left_alone(tmp_path: Path, monkeypat
 # -- input -------------------------------------------------------------------------------------------------------------
 
 
-@given(files=st.integers(1, 40), ranks=st.integers(1, 20))
-def test_ranks_read_different_shards(files: int, ranks: int) -> None:
+@given(files=st.integers(1, 40), ranks=st.integers(1, 20), seed=st.integers(0, 2**32))
+def test_ranks_read_different_shards(files: int, ranks: int, seed: int) -> None:
     shards = tuple(ShardFile(str(number), 1) for number in range(files))
-    parts = [files_of_rank(shards, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [files_of_rank(shards, rank=rank, ranks=ranks, seed=seed) for rank in range(ranks)]
     assert all(parts)
     assert {file for part in parts for file in part} == set(shards)
     if files >= ranks:
         assert sum(map(len, parts)) == files
+
+
+def test_the_first_shards_are_not_always_read_by_the_first_host() -> None:
+    """A file server has cached those that an earlier job has read, on fewer hosts."""
+    shards = tuple(ShardFile(str(number), 1) for number in range(1000))
+    cached = [0, 0, 0]
+    for rank in range(24):
+        cached[rank // 8] += int(files_of_rank(shards, rank=rank, ranks=24, seed=0)[0].name) < 500
+    assert min(cached) > 0
+    assert max(cached) < 8
 
 
 def test_the_page_cache_is_dropped_before_a_file_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import os
+import random
 import tarfile
 import threading
 import time
@@ -118,16 +119,19 @@ def _interrupted_after(seconds: float, remote: Remote) -> Iterator[None]:
         timer.cancel()
 
 
-def measure_reading(found: InputFiles, *, rank: int, ranks: int, seconds: float) -> ReadResult:
+def measure_reading(found: InputFiles, *, rank: int, ranks: int, seconds: float, seed: int = 0) -> ReadResult:
     """Read shards for about `seconds`, different ones on every rank; if there are few, read them again.
 
     Local files are removed from the page cache first, so that the storage is measured. This has no effect on file
     systems in memory, and on pages that another process uses.
 
+    Args:
+        seed: of the order of the shards, equal on all ranks.
+
     Raises:
         ShardSetError: a shard is missing, or cannot be read.
     """
-    own = files_of_rank(found.files, rank=rank, ranks=ranks)
+    own = files_of_rank(found.files, rank=rank, ranks=ranks, seed=seed)
     if isinstance(found.location, Path):
         return _read_in_time(own, _local(found.location), seconds)
     remote = Remote(found.location)
@@ -135,9 +139,14 @@ def measure_reading(found: InputFiles, *, rank: int, ranks: int, seconds: float)
         return _read_in_time(own, _remote(remote), seconds)
 
 
-def files_of_rank(files: tuple[ShardFile, ...], *, rank: int, ranks: int) -> tuple[ShardFile, ...]:
-    """Return the files that a rank reads: others than all other ranks, if there is one for each rank."""
-    return files[rank % len(files) :: ranks]
+def files_of_rank(files: tuple[ShardFile, ...], *, rank: int, ranks: int, seed: int) -> tuple[ShardFile, ...]:
+    """Return the files that a rank reads: others than all other ranks, if there is one for each rank.
+
+    Their order is random: a file server may have the first shards in its cache, which would otherwise make the hosts
+    of the first ranks faster than the others.
+    """
+    shuffled = random.Random(seed).sample(files, len(files))
+    return tuple(shuffled[rank % len(files) :: ranks])
 
 
 def _read_in_time(files: tuple[ShardFile, ...], read: Read, seconds: float) -> ReadResult:
