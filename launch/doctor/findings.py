@@ -72,7 +72,7 @@ def _hosts(report: Report, limits: Thresholds) -> Iterator[Finding]:
     for what, values in (
         ("code", [(node.host, node.code) for node in nodes]),
         ("libraries", [(node.host, node.libraries) for node in nodes]),
-        ("GPU driver", [(node.host, node.driver) for node in nodes]),
+        ("GPU driver", [(node.host, node.driver) for node in nodes if node.driver is not None]),
     ):
         for host, difference in unlike_majority(what, values):
             yield Finding(kind="versions", hosts=(host,), message=f"{host}: {difference}; install the same version")

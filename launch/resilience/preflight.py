@@ -123,6 +123,8 @@ def unlike_majority(
         first_is_right: whether the value of the first node is the expected one, instead of the most frequent one.
     """
     seen = [value for _, value in values]
+    if not seen:
+        return
     expected = seen[0] if first_is_right else Counter(seen).most_common(1)[0][0]
     for host, value in values:
         if value != expected:

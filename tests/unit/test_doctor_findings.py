@@ -113,6 +113,10 @@ def test_the_clock_of_rank_0_may_be_the_wrong_one() -> None:
     assert [finding.hosts for finding in find(report, DEFAULTS)] == [("n0",)]
 
 
+def test_an_unknown_driver_is_not_another_version() -> None:
+    assert find(with_node(JOB, 1, driver=None), DEFAULTS) == []
+
+
 def test_an_inexact_clock_is_not_reported() -> None:
     assert find(with_node(JOB, 1, clock_offset=1.5, clock_error=1.0), DEFAULTS) == []
 
