@@ -161,8 +161,8 @@ class StragglerDetector:
         return (
             f"warning: rank {slowest.rank} on {slowest.host} holds the other ranks back: its own work takes "
             f"{slowest.behind:.0%} longer than theirs, so steps take {slowest.cost / (1 - slowest.cost):.0%} longer; "
-            f"cause: {cause.name}: {cause.fact}{also}; {cause.remedy}, or exclude the host (SLURM: "
-            f"--exclude={slowest.host})"
+            f"cause: {cause.name}: {cause.fact}{also}; {cause.remedy}; before the next start, measure the hosts with "
+            f"'pipeline doctor', or exclude this one (SLURM: --exclude={slowest.host})"
         )
 
     def _names(self, ranks: Sequence[int]) -> str:
@@ -199,9 +199,12 @@ def own_work(means: dict[str, Column], *, incomplete: bool) -> Column:
 
 
 def medians_of_others(column: Column) -> Column:
-    """Return for each rank the median over the other ranks; over all ranks if there are many."""
+    """Return for each rank the median over the other ranks; over all ranks if there are many.
+
+    It is the lower median, so that all ranks of one of two hosts can be slow.
+    """
     if len(column) > SMALL_WORLD:
-        return np.full_like(column, np.median(column))
+        return np.full_like(column, np.sort(column)[(len(column) - 1) // 2])
     return np.array([np.median(np.delete(column, rank)) for rank in range(len(column))])
 
 

@@ -54,7 +54,7 @@ def test_a_rank_that_stays_slow_is_reported_once_after_a_minute_and_its_recovery
     assert warning.startswith("warning: rank 2 on node-2 holds the other ranks back: its own work takes 67% longer ")
     assert "so steps take 67% longer; cause: stopped: " in warning
     assert "30% of the time (other ranks: 0%)" in warning
-    assert "--exclude=node-2" in warning
+    assert "measure the hosts with 'pipeline doctor', or exclude this one (SLURM: --exclude=node-2)" in warning
     assert detector.stragglers == {2}
     while time < 1200:
         messages += [(time, message) for message in detector.add(intervals(seconds=seconds))]
@@ -112,6 +112,18 @@ def test_several_slow_ranks_are_named_in_one_warning() -> None:
     assert warning.startswith("warning: rank 9 on node-1 holds")
     assert "also behind: rank 8 on node-1, rank 10 on node-1" in warning
     assert detector.stragglers == set(range(8, 16))
+
+
+def test_all_ranks_of_one_of_two_hosts_may_be_slow() -> None:
+    detector, messages = StragglerDetector(["node-1"] * 8 + ["node-2"] * 8), []
+    slow = replace(SLOW, communication=1.6)  # 40 % more own work
+    for _ in range(10):
+        messages += detector.add([FAST] * 8 + [slow] * 8)
+    (warning,) = messages
+    assert "its own work takes 40% longer than theirs" in warning
+    assert detector.stragglers == set(range(8, 16))
+    assert detector.slowest is not None
+    assert cause_of(detector.slowest)[0] == "stopped"
 
 
 def test_two_ranks_are_compared_with_each_other() -> None:
