@@ -282,9 +282,12 @@ def _sum(values: Sequence[float | None]) -> float | None:
 
 
 def _below(entries: Sequence[E], figure: Callable[[E], float | None], ratio: float) -> Iterator[tuple[E, float, float]]:
-    """Yield (entry, its figure, median) of the entries whose figure is less than `ratio` times the median."""
+    """Yield (entry, its figure, median) of the entries whose figure is less than `ratio` times the median.
+
+    It is the higher median, so that all ranks of one of two hosts can be slow.
+    """
     known = [(entry, value) for entry in entries if (value := figure(entry)) is not None]
-    median = statistics.median([value for _, value in known]) if known else 0.0
+    median = statistics.median_high([value for _, value in known]) if known else 0.0
     for entry, value in known:
         if value < ratio * median:
             yield entry, value, median

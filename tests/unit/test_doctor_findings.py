@@ -155,6 +155,12 @@ def test_both_hosts_of_a_slow_pair_are_named_if_they_met_no_others() -> None:
     assert hosts_to_exclude(found, report) == []
 
 
+def test_all_devices_of_one_of_two_hosts_may_be_slow() -> None:
+    report = healthy(2)
+    report = with_rank(with_rank(report, 2, matmul=560e12), 3, matmul=560e12)
+    assert [(finding.kind, finding.rank) for finding in find(report, DEFAULTS)] == [("matmul", 2), ("matmul", 3)]
+
+
 def test_one_slow_host_does_not_accuse_the_others_of_three() -> None:
     report = with_slow_link(JOB, "n0", latency=1000, bandwidth=0.001)
     assert {finding.hosts for finding in find(report, DEFAULTS)} == {("n0",)}
