@@ -35,10 +35,10 @@ def show(report: Report, findings: Sequence[Finding], exclude: Sequence[str], co
         console.print(f"no problems found ({measured})")
         return
     console.print(f"{_count(len(findings), 'problem')} found ({measured}):")
-    for finding in findings:
-        console.print(Text(printable(f"- {finding.message}")))
+    for finding in findings:  # one line each, and an option that can be copied, however narrow the terminal is
+        console.print(Text(printable(f"- {finding.message}")), soft_wrap=True)
     if exclude:
-        console.print(Text(f"SLURM option to exclude these hosts: {exclude_option(exclude)}"))
+        console.print(Text(f"SLURM option to exclude these hosts: {exclude_option(exclude)}"), soft_wrap=True)
 
 
 def _count(number: int, what: str) -> str:
@@ -60,7 +60,7 @@ def _table(title: str, *columns: str) -> Titled:
 
 
 def _hosts(report: Report) -> Titled:
-    table = _table("hosts", "host", "ranks", "cores", "memory free", "/dev/shm free", "files", "clock", "load")
+    table = _table("hosts", "host", "ranks", "cores", "memory free", "/dev/shm free", "max files", "clock", "load")
     for node in report.nodes:
         limit = f" ({node.cores_limit})" if node.cores_limit else ""
         shm = "-" if node.shm is None else f"{(node.shm_free or 0) / GIB:,.1f}/{bytes_text(node.shm)}"

@@ -226,12 +226,21 @@ def test_tables_fit_into_80_columns_and_show_the_smallest_of_several_ranks(capsy
     report, _ = FAULTS["slow GPU"]
     found = find(report, DEFAULTS)
     text = printed(report, found, capsys)
-    assert max(map(len, text.splitlines())) <= 80
+    tables, _, problems = text.partition("1 problem found")
+    assert max(map(len, tables.splitlines())) <= 80
+    assert problems.splitlines()[1] == f"- {found[0].message}"
     words = " ".join(text.split())
     assert "min 350.0" in words
     assert "1 problem found (6 ranks on 3 hosts, 20 s):" in words
     assert words.endswith("SLURM option to exclude these hosts: --exclude=n1")
     assert "no problems found (6 ranks on 3 hosts, 20 s)" in printed(JOB, [], capsys)
+
+
+def test_the_option_that_excludes_hosts_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    show(JOB, [Finding(kind="shm", hosts=("n1",), message="")], [f"node-{n:04}" for n in range(30)], Console(width=80))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("SLURM option to exclude these hosts: --exclude=node-0000,node-0001,")
+    assert last.endswith(",node-0029")
 
 
 def test_only_the_slowest_of_many_pairs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
