@@ -69,7 +69,9 @@ DISTURBANCES: dict[str, Callable[[Running], contextlib.AbstractContextManager[No
 }
 
 
-@pytest.mark.parametrize("cause", ["stopped", "busy cores", pytest.param("CPU quota", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cause", ["stopped", *(pytest.param(cause, marks=pytest.mark.slow) for cause in ("busy cores", "CPU quota"))]
+)
 def test_a_rank_that_is_slowed_down_is_named_with_the_cause(start: Callable[..., Running], cause: str) -> None:
     running = start()
     with DISTURBANCES[cause](running):
@@ -88,9 +90,9 @@ def test_a_rank_that_is_slowed_down_is_named_with_the_cause(start: Callable[...,
 @pytest.mark.parametrize(
     "options",
     [
-        ("--sync-bn", "on"),
         ("--zero", "2"),
         pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--sync-bn", "on"), marks=pytest.mark.slow),
         pytest.param(("--zero", "1", "--sync-bn", "on"), marks=pytest.mark.slow),
     ],
 )
@@ -105,6 +107,7 @@ def test_a_rank_whose_loader_is_slow_is_named(start: Callable[..., Running], opt
     assert last["compute"] == pytest.approx(1 - last["communication"] - last["data_wait"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_ranks_that_are_equally_slow_are_not_reported(start: Callable[..., Running]) -> None:
     """Also not rank 0, which alone writes the checkpoints and the records of evaluations."""
     running = start("--save-every", "10", "--eval-every", "1")

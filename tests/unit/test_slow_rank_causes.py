@@ -52,7 +52,10 @@ def observed(tmp_path: Path) -> Iterator[tuple[int, list[LocalCauses]]]:
             process.kill()
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.104, 0.25])
+LONG = [pytest.param(seconds, marks=pytest.mark.slow) for seconds in (0.104, 0.25)]
+
+
+@pytest.mark.parametrize("seconds", [0.1, *LONG])
 def test_a_process_notices_that_it_is_stopped(tmp_path: Path, seconds: float) -> None:
     """Also if the stops are about as long as the thread's sleep, and would begin and end with it."""
     with observed(tmp_path) as (pid, found), stop_pulses(pid, seconds=seconds):
