@@ -134,7 +134,7 @@ def test_a_slow_link_between_two_hosts_names_both(tmp_path: Path) -> None:
         result = doctor(hosts, tmp_path)
     assert set(result.statuses) == {1}
     assert result.named() == {"bandwidth": {"host0", "host1"}}, result.text
-    assert "- host0 and host1: bandwidth to other hosts 1" in result.text
+    assert "- host0 and host1: bandwidth between them 1" in result.text
     assert "--exclude" not in result.text
 
 
