@@ -1,4 +1,4 @@
-"""A process group of its own for the measurements: an error or a timeout in it does not affect the training's group."""
+"""Process groups for the measurements: an error or a timeout in them does not affect the training's group."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ GLOO_TIMEOUT = timedelta(seconds=45)
 
 @dataclass(frozen=True)
 class Channel:
-    """Collectives and messages of all ranks. Every method returns when this rank's device has finished."""
+    """Collectives and messages of all ranks. Every method returns when this rank's device has finished.
+
+    Values are exchanged with gloo: if a rank ends with an error, its connections close, and the others get an error
+    too. With NCCL they would wait.
+    """
 
     world: World
+    values: dist.ProcessGroup | None
+    """Exchanges values, in the memory of the hosts."""
     group: dist.ProcessGroup | None
+    """Exchanges the tensors that are measured."""
     device: torch.device
     """Device of the tensors that are sent: the GPU with NCCL, else the CPU."""
 
@@ -37,21 +44,20 @@ class Channel:
         """Return the largest of the ranks' values. Collective."""
         if self.world.size == 1:
             return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.values)
         return float(tensor.item())
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, ordered by rank. Collective. Values are pickled."""
-        return self.world.gather(value, self.group)
+        return self.world.gather(value, self.values)
 
     def gather_number(self, value: int) -> list[int]:
         """Return the int64 of every rank, with one message per rank. Collective."""
-        own = torch.tensor([value], dtype=torch.int64, device=self.device)
+        own = torch.tensor([value], dtype=torch.int64)
         found = [torch.empty_like(own) for _ in range(self.world.size)]
-        dist.all_gather(found, own, group=self.group)
-        numbers: list[int] = torch.cat(found).tolist()  # copied from the device at once
-        return numbers
+        dist.all_gather(found, own, group=self.values)
+        return [int(one.item()) for one in found]
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor, group=self.group)
@@ -68,7 +74,7 @@ class Channel:
 
 @contextlib.contextmanager
 def open_channel(world: World, nccl_timeout: timedelta) -> Iterator[Channel]:
-    """Create a process group for the measurements, and destroy it afterwards. Collective.
+    """Create process groups for the measurements, and destroy them afterwards. Collective.
 
     gloo raises an error after `GLOO_TIMEOUT` without progress.
 
@@ -76,12 +82,21 @@ def open_channel(world: World, nccl_timeout: timedelta) -> Iterator[Channel]:
         nccl_timeout: time after which NCCL ends the process if a collective makes no progress.
     """
     if world.size == 1:
-        yield Channel(world, None, world.device)
+        yield Channel(world, None, None, world.device)
         return
     nccl = dist.get_backend() == "nccl"
-    group = dist.new_group(timeout=nccl_timeout if nccl else GLOO_TIMEOUT)
+    with (
+        _new_group(dist.get_backend(), nccl_timeout if nccl else GLOO_TIMEOUT) as group,
+        _new_group("gloo", GLOO_TIMEOUT) as values,  # destroyed first, because destroying a group of NCCL may wait
+    ):
+        yield Channel(world, values, group, world.device if nccl else torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _new_group(backend: str, timeout: timedelta) -> Iterator[dist.ProcessGroup]:
+    group = dist.new_group(backend=backend, timeout=timeout)
     assert group is not None
     try:
-        yield Channel(world, group, world.device if nccl else torch.device("cpu"))
+        yield group
     finally:
         dist.destroy_process_group(group)
