@@ -18,7 +18,7 @@ E = TypeVar("E")
 
 LATENCY_NOISE = 0.0005  # seconds: differences of latencies below this are not reported
 # The scheduler of the system divides cores evenly, but not over less than a second.
-MIN_CPU_RECEIVED = 0.6
+MIN_CPU_RECEIVED = 0.5
 """Smallest fraction of the median of `cpu_received`."""
 MIN_CPU_COPY = 0.6
 """Smallest fraction of the median of a memory copy on a CPU, whose memory other processes use too."""

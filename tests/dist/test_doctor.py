@@ -37,8 +37,10 @@ def test_one_process_prints_tables_without_control_codes(tmp_path: Path, photos:
 
 def test_several_processes_are_measured_together(tmp_path: Path, photos: Path) -> None:
     done = run(tmp_path, *DOCTOR, photos, "--processes", "2", "--json", "-")
-    assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
+    # Other processes of this machine may slow one of the two down.
+    assert done.returncode == bool(content["findings"]), done.stderr
+    assert all(not rank["errors"] for rank in content["ranks"])
     assert [rank["rank"] for rank in content["ranks"]] == [0, 1]
     assert [node["local_ranks"] for node in content["nodes"]] == [2]
     assert content["network"]["pairs"] == []
