@@ -118,7 +118,7 @@ def measure(
 
 @contextlib.contextmanager
 def _without_lasting_memory(device: torch.device) -> Iterator[None]:
-    """Return the memory that the block has used to the GPU, and leave it out of the peak that a training reports."""
+    """Return the memory that the block has used to the GPU, and reset the peak, which a training reports."""
     try:
         yield
     finally:
