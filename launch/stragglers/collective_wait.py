@@ -176,7 +176,7 @@ def measure_deepspeed() -> bool:
             method = getattr(backend, name, None)
             if method is not None and not hasattr(method, "measured"):  # the backend serves all engines of a process
                 setattr(backend, name, _measured(method))
-    except Exception:  # of another version of DeepSpeed, whose interface differs
+    except (ImportError, AttributeError, TypeError):  # another version of DeepSpeed, whose interface differs
         return False
     return backend is not None
 
