@@ -23,6 +23,9 @@ from shards.progress import Phases
 if TYPE_CHECKING:
     from launch.doctor.options import Doctor
 
+WIDTH_IN_FILE = 120
+"""Width of the tables in a log file or a pipe, such as srun's, unless COLUMNS sets another one."""
+
 
 def run_rank(command: Doctor) -> int:
     """Measure this rank; rank 0 prints the results. Return the exit status, the same on all ranks."""
@@ -53,7 +56,8 @@ def _run(command: Doctor) -> int:
             content = to_json(report, findings, exclude, command.limits)
             write_output(command.json, (json.dumps(content, indent=1) + "\n").encode(), "--json")
         if not is_standard_output(command.json):
-            show(report, findings, exclude, Console(highlight=False))
+            width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_IN_FILE
+            show(report, findings, exclude, Console(highlight=False, width=width))
             sys.stdout.flush()
     return 1 if findings else 0
 
