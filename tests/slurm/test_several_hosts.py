@@ -70,6 +70,14 @@ class SshHosts:
         return found
 
 
+def one_core(host: int) -> tuple[str, ...]:
+    """Return the beginning of a command on a core of its own.
+
+    On this machine the OpenMP threads of two hosts would otherwise compete for the cores, and spin while they wait.
+    """
+    return ("taskset", "-c", str(host % (os.cpu_count() or 1)))
+
+
 @pytest.fixture
 def ssh_hosts(tmp_path: Path) -> Iterator[SshHosts]:
     need("ip", "ssh", "ssh-keygen")
@@ -84,7 +92,7 @@ def ssh_hosts(tmp_path: Path) -> Iterator[SshHosts]:
     with some_hosts() as hosts:
         client = SSH.format(folder=folder)
         for number, host in enumerate(hosts):
-            command = [str(server), "-D", "-e", "-f", folder / "sshd_config"]
+            command = [*one_core(number), str(server), "-D", "-e", "-f", folder / "sshd_config"]
             host.start(command, cwd=ROOT, env=environment(folder), log=folder / f"sshd-{number}.log")
             client += f"Host host{number}\n  HostName {host.address}\n"
         (folder / "config").write_text(client)
@@ -128,7 +136,12 @@ def test_a_launcher_on_each_host_trains_with_the_batches_of_one_process(
                     *("--main_process_port", port, "--rdzv_backend", "static"),
                 ),
             }[launcher]
-            host.start([*command, RECORDED, *options], cwd=ROOT, env=environment(tmp_path), log=tmp_path / f"{number}")
+            host.start(
+                [*one_core(number), *command, RECORDED, *options],
+                cwd=ROOT,
+                env=environment(tmp_path),
+                log=tmp_path / f"{number}",
+            )
         for number, host in enumerate(hosts):
             assert host.started[0].wait(200) == 0, (tmp_path / f"{number}").read_text()
     assert status(run)["status"] == "finished"
