@@ -50,11 +50,21 @@ def quota_periods() -> QuotaPeriods | None:
     if not limited:
         return None
     try:
-        text = (min(limited)[1] / "cpu.stat").read_text(encoding="ascii")
-        counts = dict(line.split(maxsplit=1) for line in text.splitlines())
-        return QuotaPeriods(int(counts["nr_periods"]), int(counts["nr_throttled"]))
+        counts = cpu_counters(min(limited)[1])
+        return QuotaPeriods(counts["nr_periods"], counts["nr_throttled"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def cpu_counters(group: Path) -> dict[str, int]:
+    """Return the counters in cpu.stat of a control group.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it has another form.
+    """
+    lines = (group / "cpu.stat").read_text(encoding="ascii").splitlines()
+    return {name: int(value) for name, value in (line.split() for line in lines)}
 
 
 def limit_openmp() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from shards.cores import control_groups
+from shards.cores import control_groups, cpu_counters
 
 # Mean time between wake-ups of the thread, each of which costs up to 0.1 ms of CPU time. The times vary from half to
 # one and a half of it, because a process that is stopped in regular pulses must not be stopped only while the thread
@@ -220,9 +220,8 @@ def throttled() -> Iterator[tuple[Path, float]]:
     """
     for folder in control_groups():
         with contextlib.suppress(OSError, ValueError):
-            text = (folder / "cpu.stat").read_text()
-            found = dict(line.split() for line in text.splitlines())
+            found = cpu_counters(folder)
             if "throttled_usec" in found:
-                yield folder, int(found["throttled_usec"]) / 1e6
+                yield folder, found["throttled_usec"] / 1e6
             elif "throttled_time" in found:
-                yield folder, int(found["throttled_time"]) / 1e9
+                yield folder, found["throttled_time"] / 1e9
