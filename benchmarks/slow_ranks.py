@@ -124,7 +124,7 @@ def observer_seconds() -> float:
 def interval_seconds(ranks: int) -> float:
     """Return the CPU time of a log line for the comparison of all ranks."""
     detector = StragglerDetector([f"node-{rank // 8}" for rank in range(ranks)])
-    intervals = [RankInterval(10.0, 0.1, 1.0 + rank % 7 / 10) for rank in range(ranks)]
+    intervals = [RankInterval(seconds=10.0, data=0.1, communication=1.0 + rank % 7 / 10) for rank in range(ranks)]
     return cpu_seconds(lambda: detector.add(intervals), 20)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launch.stragglers.causes import Cause, find_cause
+from launch.stragglers.local_causes import LocalCauses
 
 WINDOW_SECONDS = 60.0
 THRESHOLD = 0.2  # of additional own work, above which a rank holds the others back
@@ -27,9 +27,9 @@ NAMED = 8  # ranks that a message lists
 SMALL_WORLD = 8  # ranks up to which a rank itself is excluded from the median
 
 
-@dataclass(frozen=True)
-class RankInterval:
-    """What a rank measured in an interval. All ranks exchange these numbers, in this order."""
+@dataclass(frozen=True, kw_only=True)
+class RankInterval(LocalCauses):
+    """What a rank measured in an interval. All ranks exchange these numbers, in the order of `NAMES`."""
 
     seconds: float
     """Duration of the interval on this rank."""
@@ -39,13 +39,6 @@ class RankInterval:
     """Seconds in collectives, without those that were hidden by computation."""
     idle: float = 0.0
     """Seconds that the device was idle before steps."""
-    stopped: float = 0.0
-    waiting_for_core: float = 0.0
-    throttled: float = 0.0
-    page_faults: float = 0.0
-    clock: float = 0.0
-    max_clock: float = 0.0
-    """As in `LocalCauses`."""
     gpu_milliseconds: float = 0.0
     """Time of a fixed amount of work on the GPU (`GpuSpeed`); 0: not measured."""
 
@@ -218,5 +211,5 @@ def _sum(sums: Iterable[_Sums]) -> _Sums:
 def from_numbers(numbers: Sequence[float]) -> list[RankInterval]:
     """Return the intervals of all ranks from the numbers that they have exchanged."""
     count = len(NAMES)
-    parts: list[Any] = [numbers[start : start + count] for start in range(0, len(numbers), count)]
-    return [RankInterval(*part) for part in parts]
+    parts = (numbers[start : start + count] for start in range(0, len(numbers), count))
+    return [RankInterval(**dict(zip(NAMES, part, strict=True))) for part in parts]

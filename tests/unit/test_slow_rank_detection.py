@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
-from launch.stragglers.detection import RankInterval, Slowest, StragglerDetector, from_numbers
+from launch.stragglers.detection import NAMES, RankInterval, Slowest, StragglerDetector, from_numbers
 
 HOSTS = ("node-1", "node-1", "node-2", "node-2")
 FAST = RankInterval(seconds=10.0, data=0.1, communication=4.0)
@@ -186,5 +186,6 @@ def test_equal_ranks_are_equal_although_some_collectives_cannot_be_measured() ->
 
 
 def test_numbers_are_exchanged_in_the_order_of_the_fields() -> None:
-    ranks = [RankInterval(*(10.0 * rank + number for number in range(11))) for rank in range(3)]
+    ranks = [RankInterval(**{name: 20.0 * rank + number for number, name in enumerate(NAMES)}) for rank in range(3)]
+    assert len({number for rank in ranks for number in astuple(rank)}) == 3 * 11  # no two are equal
     assert from_numbers([number for rank in ranks for number in astuple(rank)]) == ranks
