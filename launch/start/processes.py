@@ -1,9 +1,9 @@
 """Start the processes of a command on this machine: `pipeline train --processes 8 -- --variant b3 --data SET`.
 
-`launch.start.hosts` runs this file on each of several machines.
+`launch.start.hosts` calls this file on each of several machines.
 
-This uses the part of torchrun that starts and ends processes, without its agent: with one machine and no restarts there
-is nothing to agree on, and the agent's errors are tracebacks.
+This uses the part of torchrun that starts and ends processes, without its agent: the machines are known and nothing is
+restarted, so there is nothing to agree on, and the agent's errors are tracebacks.
 """
 
 from __future__ import annotations
