@@ -75,11 +75,11 @@ PANELS = (
     _training("Learning rate", "", "lr"),
     _training("Gradient norm before clipping", "", "grad_norm"),
     _training("Throughput", "images/s", "images_per_second"),
+    _training("Waiting for data", "% of the time", "data_wait", 100),
     Panel(
-        "Step time of rank 0",
+        "Computation and communication of rank 0",
         "% of the time",
         (
-            Series("waiting for data", "train", "data_wait", 100),
             Series("computation", "train", "compute", 100),
             Series("communication", "train", "communication", 100),
         ),

@@ -172,7 +172,14 @@ def test_slow_ranks_are_shown_with_their_host_and_cause(tmp_path: Path) -> None:
     page = Page((tmp_path / "page.html").read_text())
     assert f"Slow ranks Rank Host Steps Time Longer than the median Cause 3 <b>node-7</b> {first.steps}" in page.text
     assert "Delay of the slowest rank" in page.text
+    assert "Computation and communication of rank 0" in page.text
     assert "computation communication" in page.text
+
+
+def test_a_run_of_one_rank_has_only_the_curve_of_its_data_wait(tmp_path: Path) -> None:
+    page = report(write_run(tmp_path / "run"), out=tmp_path / "report.html")
+    assert "Waiting for data" in page.text
+    assert "Computation and communication" not in page.text
 
 
 def test_run_without_validation_split_says_so(tmp_path: Path) -> None:
