@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from tests.support.commands import run_pipeline
 
 # A shell that starts pytest in the background makes it, and all programs that the tests start, ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `make` calls programs by their paths. A test that needs an activated environment must fail in an activated one, too.
+os.environ["PATH"] = os.pathsep.join(
+    folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != Path(sys.executable).parent
+)
 
 with contextlib.suppress(ImportError):  # hypothesis is not installed where only tests of kernels run
     from hypothesis import Phase, settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_orphans")]
 def test_srun_starts_a_rank_per_task(cluster: Cluster, tmp_path: Path, photos: Path) -> None:
     output = tmp_path / "doctor.json"
     topology = ("srun", "--nodes=2", "--ntasks-per-node=1", "--overcommit", "--kill-on-bad-exit=0")
-    command = (*topology, "pipeline", "doctor", photos, "--json", output, "--min-open-files", "1000000000")
+    pipeline = Path(sys.executable).parent / "pipeline"
+    command = (*topology, pipeline, "doctor", photos, "--json", output, "--min-open-files", "1000000000")
     done = cluster.run(*command, check=False, timeout=240)
     assert done.returncode == 1, done.stdout + done.stderr
     content = json.loads(output.read_text())
