@@ -26,7 +26,7 @@ class Doctor:
 
     Measures every GPU, host and connection, and compares them. Exit status 1 if a problem is found. On several hosts,
     start it as one process per GPU with srun, torchrun or 'accelerate launch --no_python':
-    srun --nodes 4 --ntasks-per-node 8 pipeline doctor SET
+    srun --nodes 4 --ntasks-per-node 8 .venv/bin/pipeline doctor SET
     """
 
     dataset: tyro.conf.Positional[

@@ -60,6 +60,7 @@ def test_a_crashing_run_is_restarted_only_so_often(cluster: Cluster, tmp_path: P
     assert "restarting in the allocation: crashed (status failed, srun returned 1)" in job.log
     assert status(job.run)["status"] == "failed"
     assert "injected fault" in status(job.run)["reason"]
+    assert f"job {job.number}, start 1: error: crashed" in job.log
     assert "giving up after 1 restarts without a new checkpoint (last: none)" in job.log
 
 
