@@ -220,16 +220,12 @@ def parse_once() -> Recipe:
 
 def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
     """Start or resume the run of a recipe; return the exit status."""
-    if recipe.checkpoint.resume == "never" and any(os.environ.get(name, "0") != "0" for name in RESTART_COUNTS):
-        # `--resume never` excludes only checkpoints from before the job was submitted, or torchrun was started: if they
-        # start the training again, it resumes its own.
-        # RUN/origin.json has the same effect if a checkpoint was chosen (`launch.resume.decision`).
-        recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     run = recipe.run.out
     lock = FolderLock(run, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
     renewal = StatusRenewal(run, lambda: write_status(run, "running"))
     with lock, end_in_status(run, lock, signals, renewal):
         world = connect(numa_binding=recipe.parallel.numa_binding)
+        recipe = resume_after_restart(recipe, world)
         broadcast_from_rank0(lambda: check_run_folder(run), world)
         if recipe.run.dry_run:
             DISPLAY.close()
@@ -252,6 +248,20 @@ def run_recipe(recipe: Recipe, signals: StopSignals) -> int:
             DISPLAY.print(f"saved and stopping: {reason}; run the same command again to resume")
             return EXIT_STATUS
         return 0
+
+
+def resume_after_restart(recipe: Recipe, world: World) -> Recipe:
+    """Replace `--resume never` by `auto` if SLURM or torchrun has started the training again. Collective.
+
+    The option excludes only checkpoints from before the job was submitted, or torchrun was started. Each agent of
+    torchrun counts only the failures of its own processes, so that the count of rank 0 may be 0 in a restart.
+    RUN/origin.json has the same effect if a checkpoint was chosen (`launch.resume.decision`).
+    """
+    if recipe.checkpoint.resume != "never":
+        return recipe
+    if not any(world.gather(any(os.environ.get(name, "0") != "0" for name in RESTART_COUNTS))):
+        return recipe
+    return replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
 
 
 @contextlib.contextmanager

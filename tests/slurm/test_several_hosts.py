@@ -18,8 +18,8 @@ import pytest
 from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import OPTIONS, RECORDED, Job, need, uninterrupted
 from tests.support.hosts import Host, some_hosts
-from tests.support.launching import LAUNCHER, ROOT, environment, free_port
-from tests.support.runs import status
+from tests.support.launching import LAUNCHER, ROOT, environment, free_port, lines
+from tests.support.runs import process_of_rank, status
 
 SSHD = """\
 Port 22
@@ -148,6 +148,32 @@ def test_a_launcher_on_each_host_trains_with_the_batches_of_one_process(
     assert Job(None, 0, run).batches() == uninterrupted(digits, STEPS)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_torchrun_restarts_on_all_hosts_from_the_last_checkpoint(tmp_path: Path, digits: Path) -> None:
+    """Also with --resume never, although the agent of rank 0 counts no failure."""
+    need("ip")
+    run, port = tmp_path / "run", str(free_port())
+    options = (*OPTIONS, *SMALL, "--data", digits, "--out", run, "--resume", "never", "--save-every", "4")
+    with some_hosts() as hosts:
+        agent = (
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:{port}", "--max-restarts", "3"),
+        )
+        for number, host in enumerate(hosts):
+            # is_host: this machine's name does not resolve to the address of a simulated host.
+            conf = ("--rdzv-conf", f"is_host={number == 0}", "--local-addr", host.address)
+            command = [*one_core(number), *agent, *conf, RECORDED, *options]
+            env = environment(tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", PACE="0.2")
+            host.start([*command, "--stop-after", "16"], cwd=ROOT, env=env, log=tmp_path / str(number))
+        wait_until(lambda: list(run.glob("checkpoints/step-*")), "a checkpoint", seconds=200)
+        os.kill(process_of_rank(run, 1), signal.SIGKILL)
+        for number, host in enumerate(hosts):
+            assert host.started[0].wait(200) == 0, (tmp_path / str(number)).read_text()
+    assert status(run)["status"] == "finished"
+    assert [line["step"] > 0 for line in lines(run, "start")] == [False, True]
+
+
 @pytest.mark.timeout(400)
 def test_ctrl_c_saves_on_all_hosts_and_the_same_command_resumes(
     ssh_hosts: SshHosts, tmp_path: Path, digits: Path
@@ -193,8 +219,7 @@ def test_errors_name_the_host_and_leave_no_process(ssh_hosts: SshHosts, tmp_path
 
     process = ssh_hosts.start("--data", digits, "--out", run)
     wait_for_steps(run, 2, ssh_hosts, process)
-    (killed,) = (pid for pid in ssh_hosts.trainings(run) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(killed, signal.SIGKILL)
+    os.kill(process_of_rank(run, 1), signal.SIGKILL)
     assert process.wait(200) == 1
     assert f"error: rank 1 on {os.uname().nodename} was killed by SIGKILL" in ssh_hosts.log
     assert ssh_hosts.trainings(run) == []

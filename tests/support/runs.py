@@ -81,6 +81,19 @@ def ranks_of(run: Path) -> list[int]:
     return found
 
 
+def process_of_rank(run: Path, rank: int) -> int:
+    """Return the id of a rank of a run that several processes train."""
+    (found,) = (pid for pid in ranks_of(run) if f"\0RANK={rank}\0".encode() in _environment(pid))
+    return found
+
+
+def _environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # the process has ended
+        return b""
+
+
 def kill_everything(process: subprocess.Popen[str]) -> None:
     for pid in _descendants(process.pid):
         with contextlib.suppress(ProcessLookupError):
