@@ -142,9 +142,7 @@ def torchrun(run: Path, options: tuple[str | Path, ...], pace: str) -> Iterator[
                 agents.append(
                     subprocess.Popen(
                         list(map(str, command)), cwd=ROOT, stdout=log, stderr=log,
-                        env=environment(
-                            run.parent, PACE=pace, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
-                        ),
+                        env=environment(run.parent, PACE=pace, OMP_NUM_THREADS="1"),
                     )
                 )  # fmt: skip
         yield

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from launch.machine.agent_store import outlives_the_ranks, store_of_this_start
 from shards.errors import UserError, first_line
 
 # Until the first step is done, ranks wait for compilation, cold file systems and the imports of other ranks.
@@ -44,9 +45,7 @@ Address = tuple[socket.AddressFamily, Any]
 """Family and socket address, as returned by `socket.getaddrinfo`."""
 
 
-def join(
-    backend: str, rank0: Address | None, *, several_hosts: bool, timeout: timedelta = START_TIMEOUT
-) -> None:
+def join(backend: str, rank0: Address | None, *, several_hosts: bool, timeout: timedelta = START_TIMEOUT) -> None:
     """Create the process group. Collective.
 
     Args:
@@ -62,7 +61,12 @@ def join(
     if several_hosts:
         select_interface(rank0)
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        if outlives_the_ranks():
+            store, rank, size = next(dist.rendezvous("env://"))
+            store = store_of_this_start(store, rank, size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     except RuntimeError as error:
         if (reason := _why_not_joined(str(error))) is None:
             raise

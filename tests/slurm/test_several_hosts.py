@@ -164,7 +164,7 @@ def test_torchrun_restarts_on_all_hosts_from_the_last_checkpoint(tmp_path: Path,
             # is_host: this machine's name does not resolve to the address of a simulated host.
             conf = ("--rdzv-conf", f"is_host={number == 0}", "--local-addr", host.address)
             command = [*one_core(number), *agent, *conf, RECORDED, *options]
-            env = environment(tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", PACE="0.2")
+            env = environment(tmp_path, PACE="0.2")
             host.start([*command, "--stop-after", "16"], cwd=ROOT, env=env, log=tmp_path / str(number))
         wait_until(lambda: list(run.glob("checkpoints/step-*")), "a checkpoint", seconds=200)
         os.kill(process_of_rank(run, 1), signal.SIGKILL)
