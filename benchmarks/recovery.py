@@ -48,6 +48,7 @@ from tests.support.runs import process_of_rank
 
 ENGINES = ("requeue", "allocation", "torchrun")
 SAVE_AT = 5  # step of the checkpoint in the run folder
+EPOCH = 179  # steps; another checkpoint in the run folder is written at its end
 SECONDS = 600  # for a start, or for a recovery
 
 
@@ -55,10 +56,10 @@ SECONDS = 600  # for a start, or for a recovery
 class Options:
     after: float = 60
     """Seconds from the checkpoint in the run folder to the death of a rank."""
-    local_every: int = 10
+    local_every: int = 5
     """Steps between local checkpoints."""
-    pace: float = 0.25
-    """Minimum seconds per step."""
+    pace: float = 0.7
+    """Seconds per step in addition to its work."""
     rounds: int = 1
     """How often each combination is measured, alternately."""
     out: Path | None = None
@@ -103,6 +104,8 @@ def recovery(run: Path, after: float) -> Recovery:
     wait_until(lambda: any(line["step"] > last for line in new()), f"step {last + 1} after the death", SECONDS)
     first = new()[0]
     end = next(line for line in new() if line["step"] > last)
+    if last >= EPOCH:
+        raise RuntimeError(f"{run}: more than an epoch was trained; use a larger --pace, or a smaller --after")
     times = [line["time"] for line in before]
     return Recovery(
         until_first_step=first["time"] - killed,
@@ -173,7 +176,7 @@ def main(options: Options) -> None:
         run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "1")
         (folder / "cluster").mkdir()
         cluster = stack.enter_context(Cluster(folder / "cluster", nodes=2))
-        training = ("--data", folder / "set", "--zero", "0", "--save-every", "100000")
+        training = ("--data", folder / "set", "--global-batch", "8", "--zero", "0", "--save-every", "100000")
         sources = {"run folder": training, "local": (*training, "--local-checkpoint-every", str(options.local_every))}
         for number, engine, source in itertools.product(range(options.rounds), ENGINES, sources):
             name, run = f"{engine}, {source}", folder / f"run-{number}-{engine}-{source.replace(' ', '-')}"

@@ -212,10 +212,11 @@ def test_errors_name_the_host_and_leave_no_process(ssh_hosts: SshHosts, tmp_path
     assert "error: --hosts 10.77.255.1: ssh: connect to host 10.77.255.1" in ssh_hosts.log
 
     assert ssh_hosts.start("--data", missing, "--out", run).wait(200) == 2
-    assert ssh_hosts.log.count("no such shard set") == 1
-    assert ssh_hosts.log.endswith(
-        f"error: {missing}: no such shard set; create it with 'pipeline shard SOURCE --out {missing}'\n"
-    )
+    # Rank 1 prints it too, as its own error, if the connections are so slow that it is not ended within some seconds.
+    message = f"error: {missing}: no such shard set; create it with 'pipeline shard SOURCE --out {missing}'"
+    printed = ssh_hosts.log.splitlines()
+    assert printed.count(message) == 1
+    assert printed[-1] in (message, f"rank 1: {message}")
 
     process = ssh_hosts.start("--data", digits, "--out", run)
     wait_for_steps(run, 2, ssh_hosts, process)
