@@ -27,7 +27,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2 openssh-server opens
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip sshd ssh >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants lint audit docs peers bench gpu clean
+.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants style lint audit docs peers bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,11 +62,11 @@ $(FOR_TESTS): $(INSTALLED)
 demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png and report.html in demo/
 	@BIN=$(BIN) DEMO=$(DEMO) bash launch/demo.sh
 
-test: lint test-unit test-dist test-timed test-slurm  ## lint, unit tests, documentation, fuzzing, distributed tests, SLURM cluster on this machine
+test: style test-unit test-dist test-timed test-slurm  ## ruff, mypy, unit tests, documentation, fuzzing, distributed tests, SLURM cluster on this machine
 
 FAST = not gpu and not slow and not timed
 
-# Also every command and Python example of README and docs, the site, the language of code and pages, and fuzzing.
+# Also mypy, every command and Python example of README and docs, the site, the language of code and pages, and fuzzing.
 # OpenMP threads spin while they wait, which would slow down several processes on few cores.
 test-unit: $(FOR_TESTS)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit tests/docs tests/language tests/fuzz -m "$(FAST)" -n $(TEST_WORKERS) --dist worksteal
@@ -87,15 +87,17 @@ slurm-installed:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_NEEDS) >/dev/null; }
 	@export PATH=$$PATH:/usr/sbin; $(HAVE_SLURM) || echo "note: SLURM is missing and its tests will be skipped; to run them, install $(SLURM_NEEDS)"
 
-test-all: lint $(FOR_TESTS) slurm-installed  ## all tests, including the slow ones
+test-all: style $(FOR_TESTS) slurm-installed  ## all tests, including the slow ones
 	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests -m "not gpu"
 
 # Not part of `make test-all`, because it takes an hour on two cores. FILES="pipeline/plan.py ..." selects files.
 mutants: $(FOR_TESTS)  ## mutation testing of the files in tests/mutation/campaign.toml: find code changes that no test detects
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.campaign --workers $(TEST_WORKERS) $(FILES)
 
-lint: $(FOR_TESTS)  ## ruff and mypy
+style: $(FOR_TESTS)
 	$(BIN)/ruff check .
+
+lint: style      ## ruff and mypy
 	$(BIN)/mypy
 
 # Not part of `make lint`, because it needs the network and a new advisory can make it fail without a code change. pip-audit

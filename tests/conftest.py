@@ -33,7 +33,7 @@ with contextlib.suppress(ImportError):  # hypothesis is not installed where only
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest tests first, so that with two processes all other tests run in parallel with them."""
-    longest = ("test_in_the_interpreter", "test_commands_of_a_page", "test_one_process_learns")
+    longest = ("test_in_the_interpreter", "test_mypy", "test_commands_of_a_page", "test_one_process_learns")
     items.sort(key=lambda item: not item.name.startswith(longest))
 
 

@@ -194,6 +194,7 @@ def assert_bit_identical(a: Path, b: Path) -> None:
     assert all(torch.equal(x[name], y[name]) for name in x)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_with_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:
     how: dict[str, Any] = {"seed": 1, "steps": 8, "worlds": (1,)}
     whole = killed_and_resumed(train, tmp_path / "whole", digits, kills=0, **how)

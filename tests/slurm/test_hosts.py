@@ -123,6 +123,7 @@ def test_a_host_that_loses_power_is_reported_and_excluded_from_the_next_start(
     assert (found["status"], found.get("nodes")) == ("stalled", [f"host{lost}"]), found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_when_one_rank_hangs_all_ranks_write_their_stacks(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"

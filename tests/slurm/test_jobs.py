@@ -136,6 +136,7 @@ def test_after_a_node_failure_the_run_continues_without_the_node(
     assert job.batches() == uninterrupted(digits, 20)
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     options = ("--data", digits, "--zero", "0", "--stop-after", "500")
     job = start_job(cluster, tmp_path / "run", "--nodes", "1", options=options, PACE="0.5")
