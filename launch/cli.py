@@ -21,6 +21,7 @@ from annotated_types import Interval
 from tyro.conf import subcommand
 
 from launch.bench.options import Bench
+from launch.capacity.options import Capacity
 from launch.deploy.export_command import Export
 from launch.deploy.predict import Predict
 from launch.doctor.options import Doctor
@@ -119,6 +120,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "race": Race,
     "doctor": Doctor,
     "bench": Bench,
+    "capacity": Capacity,
     "tune": Tune,
     "goodput": Goodput,
     "report": Report,

@@ -1,0 +1,374 @@
+"""Collect the figures of measurements, options and references, and predict every number of nodes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from launch.capacity import reference
+from launch.capacity.bandwidth import parse_rate
+from launch.capacity.compute import StepTimes
+from launch.capacity.cost_model import Cluster, Input, Step, predict, useful_nodes
+from launch.capacity.figures import Figure, Kind
+from launch.capacity.measured import Measured, read_measured
+from launch.capacity.network import LinkNetwork, MeasuredNetwork, Network, Topology
+from launch.capacity.options import CapacityError
+from launch.capacity.workload import Workload
+from launch.config.engine import ParallelConfig
+from launch.engine.execution import zero_and_precision
+from launch.engine.sync_batchnorm import syncs_over_ranks
+from pipeline.batch_shape import PlanError
+from pipeline.storage.remote.url import is_remote
+from shards.format.dataset import ShardSet
+from shards.redact import printable, redact
+
+if TYPE_CHECKING:
+    from launch.capacity.options import Capacity
+
+LAUNCHING_CORES = 1
+"""CPU cores per GPU that launch the training's kernels and do not decode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predictions for some global batches and numbers of nodes."""
+
+    options: Capacity
+    cluster: Cluster
+    device: str
+    images: int
+    """Training images of an epoch."""
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...]
+    steps: Mapping[int, tuple[Step, ...]]
+    """Predictions by global batch, in ascending order of nodes; empty if no number of nodes is possible."""
+    impossible: Mapping[int, Mapping[int, str]]
+    """By global batch, the reason for each number of nodes that is not possible."""
+
+    def training_steps(self, global_batch: int) -> int:
+        """Return the optimizer steps of the training."""
+        return self.options.epochs * (self.images // global_batch)
+
+    def hours(self, step: Step) -> float:
+        """Return the hours of all steps, without evaluations, checkpoints and starts."""
+        return self.training_steps(step.global_batch) * step.seconds / 3600
+
+    def useful(self, global_batch: int) -> int | None:
+        """Return the largest useful number of nodes; None if none is possible."""
+        steps = self.steps[global_batch]
+        return useful_nodes(steps, self.options.min_efficiency) if steps else None
+
+    def efficiency(self, step: Step) -> float:
+        """Return the images/s per node, relative to those of the smallest possible number of nodes."""
+        first = self.steps[step.global_batch][0]
+        return step.images_per_second / step.nodes / (first.images_per_second / first.nodes)
+
+
+def plan(options: Capacity) -> Plan:
+    """Predict all combinations of global batch and number of nodes.
+
+    Raises:
+        UserError: a file of --measured or the set is invalid, or nothing can be predicted for the model.
+    """
+    sources = _Sources(options, read_measured(options.measured, str(options.spec)))
+    cluster = sources.cluster()
+    steps: dict[int, tuple[Step, ...]] = {}
+    impossible: dict[int, dict[int, str]] = {}
+    for batch in options.global_batches:
+        found: list[Step] = []
+        reasons = impossible.setdefault(batch, {})
+        for nodes in options.node_counts:
+            try:
+                found.append(predict(cluster, nodes, batch))
+            except PlanError as error:
+                reasons[nodes] = str(error)
+        steps[batch] = tuple(found)
+    return Plan(
+        options=options,
+        cluster=cluster,
+        device=sources.device,
+        images=sources.images,
+        figures=tuple(sources.figures),
+        notes=tuple(sources.notes),
+        steps=steps,
+        impossible=impossible,
+    )
+
+
+class _Sources:
+    """Chooses each figure: an option before a measurement, a measurement before a reference or an assumption."""
+
+    def __init__(self, options: Capacity, measured: Measured) -> None:
+        self.options, self.measured = options, measured
+        self.figures: list[Figure] = []
+        self.notes: list[str] = []
+        self.doctor_path = measured.doctor[0] if measured.doctor else None
+        self.doctor = measured.doctor[1] if measured.doctor else None
+        self.on_gpu = all(bench.on_gpu for _, bench in measured.benches)
+        self._check()
+        self.local_ranks = options.gpus_per_node or (self.doctor.local_ranks if self.doctor else 8)
+        self.images, self.image_bytes, self.classes = self._data()
+        self.device = ""
+
+    def _check(self) -> None:
+        spec, reference_models = self.options.spec, reference.h200().images_per_second
+        if not self.measured.benches and str(spec) not in reference_models:
+            raise CapacityError(
+                f"--model {spec}: was not measured; measure it with 'pipeline bench SET --json bench.json -- --model "
+                f"{spec}', and add --measured bench.json"
+            )
+        if self.doctor and self.doctor.on_gpu != self.on_gpu:
+            kinds = ("GPUs", "CPUs") if self.doctor.on_gpu else ("CPUs", "GPUs")
+            of = "bench.json" if self.measured.benches else "the reference (add a bench.json of a CPU)"
+            raise CapacityError(
+                f"--measured {printable(self.doctor_path)}: its ranks have {kinds[0]}, but those of {of} {kinds[1]}; "
+                "measure both on the machines of the training"
+            )
+        if (
+            not self.on_gpu
+            and self.doctor is None
+            and self.options.network is None
+            and max(self.options.node_counts) > 1
+        ):
+            raise CapacityError(
+                "--network: not given, and no doctor.json; without GPUs there is no reference for it, so measure it "
+                "with 'pipeline doctor --json doctor.json' on several nodes, or use --network"
+            )
+
+    def cluster(self) -> Cluster:
+        options = self.options
+        ranks = self.local_ranks * max(options.node_counts)
+        device = torch.device("cuda" if self.on_gpu else "cpu")
+        zero, _ = zero_and_precision(ParallelConfig(zero=options.zero), device, ranks=ranks)
+        return Cluster(
+            workload=Workload.of(options.spec, size=options.size, classes=self.classes),
+            local_ranks=self.local_ranks,
+            times=self._times(),
+            input=self._input(),
+            network=self._network(),
+            zero=zero,
+            sync_bn=self._sync_bn(ranks, device),
+            overlaps=self.on_gpu,
+            jitter=self._jitter(),
+            micro_batch=options.micro_batch,
+        )
+
+    def _note(self, name: str, text: str, kind: Kind, source: object) -> None:
+        self.figures.append(Figure(name, text, kind, printable(redact(str(source)))))
+
+    # -- data and model ------------------------------------------------------------------------------------------------
+
+    def _data(self) -> tuple[int, float, int]:
+        """Return the training images, their bytes and the classes."""
+        location = self.options.data
+        if location is None:
+            images, size, classes = reference.IMAGENET_IMAGES, reference.IMAGENET_BYTES, reference.CLASSES
+            kind: Kind = "assumed"
+            source = "ImageNet-1K"
+        else:
+            if is_remote(location):
+                raise CapacityError(
+                    f"--data {redact(location)}: is a URL; use a folder with a copy of its dataset.json"
+                )
+            dataset = ShardSet(Path(location))
+            split = dataset.split("train")
+            images, classes, kind, source = split.samples, len(dataset.manifest.classes), "measured", location
+            stored = split.beton.bytes if split.beton else sum(shard.bytes for shard in split.shards)
+            size = stored / images
+        self._note("training images", f"{images:,} of {size / 1e3:,.0f} kB", kind, source)
+        return images, size, classes
+
+    def _times(self) -> StepTimes:
+        known = reference.h200()
+        if not self.measured.benches:
+            rate = known.images_per_second[str(self.options.spec)]
+            self.device = known.device
+            self._note(
+                "training step", f"{rate:,.0f} images/s at batch {known.batch}", "reference", reference.MEASURED_IN
+            )
+            self._note("launching a step", f"{1e3 * known.launch_seconds:.1f} ms", "reference", reference.MEASURED_IN)
+            times = StepTimes.of([(known.batch, known.batch / rate)], launch=known.launch_seconds)
+            return self._at_size(times, known.size)
+        points, launches = [], []
+        for path, bench in self.measured.benches:
+            batch, seconds = bench.settings.batch, bench.step_seconds
+            points.append((batch, seconds))
+            launches.append(bench.launch_seconds)
+            self._note("training step", f"{batch / seconds:,.1f} images/s at batch {batch}", "measured", path)
+        launch = min(launches)
+        if launch:
+            self._note("launching a step", f"{1e3 * launch:.1f} ms", "measured", "bench.json")
+        first = self.measured.benches[0][1]
+        self.device = printable(first.machine.device)
+        times = StepTimes.of(points, launch=launch)
+        if len(times.points) == 1:
+            self.notes.append(
+                f"only batch {times.points[0][0]} was measured: the time of other batches is assumed to be in "
+                "proportion; add a bench.json with the smallest batch per rank"
+            )
+        return self._at_size(times, first.settings.size)
+
+    def _at_size(self, times: StepTimes, measured: int) -> StepTimes:
+        size = self.options.size
+        if size != measured:
+            self.notes.append(
+                f"steps were measured at {measured} pixels: those at {size} are assumed to take a time in proportion "
+                "to the number of pixels"
+            )
+        return times.at_size(size, measured)
+
+    def _jitter(self) -> float:
+        if self.options.jitter is not None:
+            value, kind, source = self.options.jitter, "given", "--jitter"
+        elif not self.measured.benches:
+            value, kind, source = reference.h200().jitter, "reference", reference.MEASURED_IN
+        else:
+            value, kind, source = max(bench.jitter for _, bench in self.measured.benches), "measured", "bench.json"
+        if not value:  # not measured on CPUs
+            return 0.0
+        self._note("jitter of a step", f"{value:.1%}", kind, source)  # type: ignore[arg-type]
+        return value
+
+    def _sync_bn(self, ranks: int, device: torch.device) -> int | None:
+        chosen = ParallelConfig(sync_bn=self.options.sync_bn).sync_bn
+        if not syncs_over_ranks(chosen, ranks, device):
+            return None
+        return int(chosen.removeprefix("group:")) if chosen.startswith("group:") else 0
+
+    # -- input ---------------------------------------------------------------------------------------------------------
+
+    def _input(self) -> Input:
+        return Input(
+            decode=self._decode(),
+            image_bytes=self.image_bytes,
+            storage=self._storage(),
+            storage_total=self._rate("--storage-total", self.options.storage_total, "storage of all nodes"),
+        )
+
+    def _cores(self, per_rank: float, kind: Kind, source: object) -> float:
+        """Return the CPU cores of a rank.
+
+        Args:
+            per_rank: number that is used if there is no other.
+        """
+        if self.options.cores_per_node is not None:
+            cores, kind, source = float(self.options.cores_per_node), "given", "--cores-per-node"
+        elif self.doctor is not None:
+            cores, kind, source = float(self.doctor.cores), "measured", self.doctor_path
+        else:
+            cores = per_rank * self.local_ranks
+        self._note("CPU cores per node", f"{cores:g}", kind, source)
+        return cores / self.local_ranks
+
+    def _decode(self) -> float:
+        """Return the images/s that a node prepares.
+
+        On a GPU, the decoder of the GPU and the CPU time per image are limits. On CPUs, the rate of the loader alone is
+        in proportion to the cores: what it takes from the training is part of the step's time.
+        """
+        if self.measured.benches:
+            path, bench = self.measured.benches[0]
+            rate, cpu, kind, source = bench.loader.rate, bench.decode_cpu, "measured", str(path)
+            own_cores, on_device = bench.rank_cores, "on the GPU" in bench.settings.loader
+        else:
+            known = reference.h200()
+            rate, cpu = known.loader_images_per_second, known.loader_cpu_seconds
+            kind, source = "reference", reference.MEASURED_IN
+            own_cores, on_device = float(known.cores), True
+        cores = self._cores(own_cores, kind, source)  # type: ignore[arg-type]
+        per_rank = rate if on_device else rate * cores / own_cores
+        if self.on_gpu and cpu:
+            per_rank = min(per_rank, max(cores - LAUNCHING_CORES, cores / 2) / cpu)
+        self._note("decoding per node", f"{per_rank * self.local_ranks:,.0f} images/s", kind, source)  # type: ignore[arg-type]
+        return per_rank * self.local_ranks
+
+    def _storage(self) -> float | None:
+        given = self._rate("--storage", self.options.storage, "storage per node")
+        if given is not None or self.doctor is None or self.doctor.storage is None:
+            if given is None and self.options.storage_total is None:
+                self.notes.append(
+                    "storage was neither measured nor given, and is no limit here: 'pipeline doctor SET' measures it"
+                )
+            return given
+        self._note("storage per node", _rate_text(self.doctor.storage), "measured", self.doctor_path)
+        return self.doctor.storage
+
+    def _rate(self, option: str, text: str | None, name: str) -> float | None:
+        if text is None:
+            return None
+        value = parse_rate(option, text)
+        self._note(name, _rate_text(value), "given", option)
+        return value
+
+    # -- network -------------------------------------------------------------------------------------------------------
+
+    def _network(self) -> Network:
+        """Return the network that was measured, unless an option sets it."""
+        options, doctor = self.options, self.doctor
+        found = doctor.network if doctor else None
+        if doctor and found and options.network is None and options.network_latency is None:
+            hosts, ranks = len(doctor.nodes), len(doctor.ranks)
+            links = self._links(quiet=hosts > 1 and not self.on_gpu)
+            if hosts == 1 and self.on_gpu:  # it says nothing about the network between nodes
+                self.notes.append(
+                    f"{printable(self.doctor_path)} is of one host: the network between nodes is assumed; run "
+                    "'pipeline doctor' on several nodes"
+                )
+                return links
+            sizes = ", ".join(f"{entry.bytes >> 10:,} KiB {1e3 * entry.seconds:.3g} ms" for entry in found.all_reduce)
+            self._note(
+                f"all-reduce over {ranks} ranks",
+                f"8 bytes {1e3 * found.latency:.3g} ms{', ' if sizes else ''}{sizes}",
+                "measured",
+                self.doctor_path,
+            )
+            return MeasuredNetwork(
+                measured=Topology(hosts, max(1, ranks // hosts)),
+                latency=found.latency,
+                points=tuple(sorted((entry.bytes, entry.seconds) for entry in found.all_reduce)),
+                message_latency=doctor.message_latency or reference.NETWORK_LATENCY,
+                algorithm="tree" if self.on_gpu else "ring",
+                single_node=links if self.on_gpu else None,
+            )
+        return self._links()
+
+    def _links(self, *, quiet: bool = False) -> LinkNetwork:
+        options, nodes = self.options, max(self.options.node_counts)
+        before = len(self.figures)
+        between = self._rate("--network", options.network, "network per node")
+        if between is None:
+            between = reference.NETWORK
+            if nodes > 1:
+                self._note("network per node", _rate_text(between), "assumed", "an adapter of 400 Gbit/s")
+        measured = self.doctor.message_latency if self.doctor else None
+        if options.network_latency is not None:
+            latency, kind, source = options.network_latency / 1e6, "given", "--network-latency"
+        elif measured is not None:
+            latency, kind, source = measured, "measured", str(self.doctor_path)
+        else:
+            latency, kind, source = reference.NETWORK_LATENCY, "assumed", "NCCL's src/graph/tuning.cc"
+        if nodes > 1:
+            self._note("latency between nodes", f"{1e6 * latency:,.1f} us", kind, source)  # type: ignore[arg-type]
+        within = self._rate("--gpu-network", options.gpu_network, "links of a GPU")
+        if within is None:
+            within = reference.GPU_NETWORK if self.on_gpu else between
+            if self.local_ranks > 1 and self.on_gpu:
+                self._note("links of a GPU", _rate_text(within), "assumed", "NVLink, NVIDIA's data sheet of the H200")
+        if quiet:
+            del self.figures[before:]
+        return LinkNetwork(
+            latency=latency,
+            bandwidth=between,
+            local_latency=reference.GPU_LATENCY if self.on_gpu else latency,
+            local_bandwidth=within,
+            base_latency=reference.BASE_LATENCY if self.on_gpu else 0.0,
+            algorithm="tree" if self.on_gpu else "ring",
+        )
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate / 1e9:,.3g} GB/s" if rate >= 1e9 else f"{rate / 1e6:,.3g} MB/s"
