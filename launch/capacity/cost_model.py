@@ -19,7 +19,10 @@ Limit = Literal["decode", "storage", "compute", "launch", "gradient all-reduce",
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 BACKWARD = 2 / 3
-"""Fraction of the computing time in the backward pass, which has twice the operations of the forward pass."""
+"""Fraction of the time of computing, and of launching, in the backward pass: it has twice the operations of the forward
+pass."""
+NORMS_BACKWARD = 1 / 2
+"""Fraction of the time of BatchNorm's collectives in the backward pass: each layer has one in each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,9 @@ class Step:
     global_batch: int
     rank_batch: int
     terms: dict[Limit, float]
-    """Seconds of each part. Decoding and reading run at the same time as the training. So do computing and launching;
-    the longer of them, the part of the all-reduces that no computation hides, and BatchNorm's collectives follow each
-    other."""
+    """Seconds of each part. Decoding and reading run at the same time as the training, and the host launches kernels
+    while the device computes or waits in BatchNorm's collectives. The part of the gradients' all-reduces that the
+    backward pass does not hide follows it."""
     all_reduce: float
     """Seconds in which gradients are transferred, hidden or not."""
     seconds: float
@@ -87,23 +90,31 @@ def predict(cluster: Cluster, nodes: int, global_batch: int) -> Step:
     """
     over = Topology(nodes, cluster.local_ranks)
     shape = BatchShape(global_batch=global_batch, world=over.ranks, micro_batch=cluster.micro_batch, pairs=True)
-    times, passes = cluster.times, shape.accumulation
-    one_pass = times.seconds(shape.micro_rows) * slowest_of(over.ranks, cluster.jitter)
-    running = max(one_pass, times.launch)
-    transfer, exposed = gradient_seconds(cluster, over, backward=BACKWARD * running)
+    passes, launch = shape.accumulation, cluster.times.launch
+    one_pass = cluster.times.seconds(shape.micro_rows) * slowest_of(over.ranks, cluster.jitter)
+    norms = norm_seconds(cluster, over)
+    on_device = one_pass + norms
+    running = max(on_device, launch)
+    backward = max(BACKWARD * one_pass + NORMS_BACKWARD * norms, BACKWARD * launch)
+    transfer, exposed = gradient_seconds(cluster, over, backward=backward)
     source = cluster.input
     terms: dict[Limit, float] = {
         "decode": global_batch / (nodes * source.decode),
         "storage": storage_seconds(source, nodes, global_batch),
         "compute": passes * one_pass,
-        "launch": passes * times.launch,
+        "launch": passes * launch,
         "gradient all-reduce": exposed,
-        "BatchNorm collectives": passes * norm_seconds(cluster, over),
+        "BatchNorm collectives": passes * norms,
     }
-    training = passes * running + terms["gradient all-reduce"] + terms["BatchNorm collectives"]
+    training = passes * running + exposed
     prepared = max(terms["decode"], terms["storage"])
-    by_input = prepared > training
-    candidates = LIMITS[:2] if by_input else LIMITS[2:]
+    candidates: tuple[Limit, ...]
+    if prepared > training:
+        candidates = ("decode", "storage")
+    elif launch > on_device:
+        candidates = ("launch", "gradient all-reduce")
+    else:
+        candidates = ("compute", "gradient all-reduce", "BatchNorm collectives")
     return Step(
         nodes=nodes,
         ranks=over.ranks,

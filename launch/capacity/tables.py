@@ -44,9 +44,11 @@ def useful(plan: Plan, batch: int) -> str:
     count, factor = plan.useful(batch), 2 * plan.options.min_efficiency
     if count is None:
         return "useful: none of these numbers of nodes is possible"
-    return (
-        f"useful: up to {count} node{'s' if count != 1 else ''} (each doubling gives at least {factor:.3g} x images/s)"
-    )
+    return f"useful: up to {_nodes(count)} (each doubling gives at least {factor:.3g} x images/s)"
+
+
+def _nodes(count: int) -> str:
+    return f"{count:,} node{'s' if count != 1 else ''}"
 
 
 def _predictions(plan: Plan, batch: int) -> Table:

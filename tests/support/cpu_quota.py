@@ -15,16 +15,27 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 @contextlib.contextmanager
-def cpu_quota(cores: float) -> Iterator[Path]:
+def cpu_quota(cores: float, *, period: int = PERIOD) -> Iterator[Path]:
     """Create a control group with a quota; yield the file to which a process writes its id to join it.
+
+    With a short `period`, in microseconds, processes that exchange messages wait less for each other.
 
     Skips the test if this machine does not allow it; fails instead if CI=true.
     """
-    quota, period = str(int(cores * PERIOD)), str(PERIOD)
+    quota = str(int(cores * period))
     with _group(
-        "cpu", {"cpu.cfs_period_us": period, "cpu.cfs_quota_us": quota}, {"cpu.max": f"{quota} {period}"}
+        "cpu", {"cpu.cfs_period_us": str(period), "cpu.cfs_quota_us": quota}, {"cpu.max": f"{quota} {period}"}
     ) as processes:
         yield processes
+
+
+def change_quota(processes: Path, cores: float, *, period: int = PERIOD) -> None:
+    """Change the quota of a group of `cpu_quota` that has the same period."""
+    quota, file = str(int(cores * period)), processes.with_name("cpu.cfs_quota_us")
+    if file.exists():
+        file.write_text(quota)
+    else:
+        processes.with_name("cpu.max").write_text(f"{quota} {period}")
 
 
 @contextlib.contextmanager
