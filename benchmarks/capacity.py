@@ -140,7 +140,7 @@ class Lab:
         out = self.folder / f"bench-{batch}.json"
         if not out.exists():
             print(f"bench with batch {batch}", flush=True)
-            command = (
+            command: tuple[str | Path, ...] = (
                 *PIPELINE, "bench", self.data, "--steps", "4", "--json", out, "--chart", out.with_suffix(".png"),
                 "--", *self.options.training, "--global-batch", str(batch),
             )  # fmt: skip
@@ -164,7 +164,7 @@ class Lab:
         if not saved.exists():
             options = self.options
             run = self.folder / "runs" / f"{name.replace(' ', '-')}-{time.time_ns()}"
-            command = (
+            command: tuple[str | Path, ...] = (
                 sys.executable, "launch/train.py", *options.training, "--data", self.data, "--out", run,
                 "--global-batch", str(options.global_batch), "--log-every", str(options.steps), "--epochs", "100",
                 "--eval-every", "100", "--sync-bn", setting.sync_bn if ranks > 1 else "off",
@@ -238,8 +238,8 @@ def compare(lab: Lab, setting: Setting, benches: Sequence[Path]) -> list[dict[st
         predicted = plan(
             Capacity(
                 model=f"fat_{options.variant}", size=options.size, nodes=str(ranks), gpus_per_node=1,
-                data=str(lab.data), global_batch=str(options.global_batch), sync_bn=setting.sync_bn if ranks > 1 else "off",
-                zero=setting.zero, measured=(*benches, doctor),  # type: ignore[arg-type]
+                data=str(lab.data), global_batch=str(options.global_batch),
+                sync_bn=setting.sync_bn if ranks > 1 else "off", zero=setting.zero, measured=(*benches, doctor),  # type: ignore[arg-type]
             )
         ).steps[options.global_batch][0]  # fmt: skip
         rows.append(

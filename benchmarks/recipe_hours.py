@@ -3,48 +3,41 @@
     python benchmarks/recipe_hours.py
 
 A step takes as long as the GPU needs for its images, or as long as the host needs to launch it, whichever is longer.
-The first time is that of benchmarks/results/gpu.json (one H200, batch 256, 224 pixels, CUDA graphs), in proportion to
-the number of pixels. The result is a lower bound: it assumes that the GPUs neither wait for data nor for one another,
-and includes no evaluations, saves and starts.
+The first time is that of one H200 (batch 256, 224 pixels, CUDA graphs), in proportion to the number of pixels, as in
+`pipeline capacity`, which also predicts other numbers of nodes, but no progressive resizing. The result is a lower
+bound: it assumes that the GPUs neither wait for data nor for one another, and includes no evaluations, saves and
+starts.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.capacity.compute import StepTimes
+from launch.capacity.reference import IMAGENET_IMAGES, h200
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from pipeline.batch_shape import BatchShape
 from pipeline.phases.train_phase import phases_of
 
-IMAGES = 1_281_167  # training images of ImageNet-1K
 GPUS = 8
-RESULTS = Path(__file__).with_name("results") / "gpu.json"
-LAUNCH_SECONDS = 0.017  # of a captured step, on the host of the H200 (docs/measurements.md)
 RECIPES = ("fat_b0_300", "fat_b0_88", "fat_b0_30")
-
-
-def measured_rate() -> tuple[float, int]:
-    """Return the images per second of a training step of FAT-B0 on one H200, and the side of its images."""
-    part = json.loads(RESULTS.read_text())["devices"]["NVIDIA H200"]["step-b0"]["figures"]
-    (row,) = (row for row in part["results"] if row["way"] == "graph")
-    return row["images/s"], part["size"]
 
 
 def step_seconds(images: int, size: int) -> float:
     """Return the computed time of a step with `images` images per GPU."""
-    rate, measured_size = measured_rate()
-    return max(LAUNCH_SECONDS, images / rate * (size / measured_size) ** 2)
+    known = h200()
+    times = StepTimes(((known.batch, known.batch / known.images_per_second["fat_b0"]),), known.launch_seconds)
+    return max(times.launch, times.at_size(size, known.size).seconds(images))
 
 
 def phases(recipe: Recipe) -> list[tuple[int, int, float]]:
     """Return the image size, the number of steps and the seconds per step of each phase of a training on ImageNet."""
     data = recipe.data
-    epoch = IMAGES // data.global_batch
+    epoch = IMAGENET_IMAGES // data.global_batch
     total = recipe.optim.epochs * epoch
     shape = BatchShape(global_batch=data.global_batch, world=GPUS, rank=0)
     found = phases_of(

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from launch.capacity.errors import CapacityError
 from launch.models.specification import ModelSpec, Variant
-from shards.errors import UserError
 from shards.files.output import check_output, is_standard_output
 from shards.option_help import default
 from shards.ranges import MAX_BATCH, Batch, ModelSide, check_ranges
@@ -19,10 +19,6 @@ from shards.redact import printable
 MAX_NODES = 10_000
 WIDTH_IN_FILE = 120
 """Width of the tables in a file or a pipe, unless COLUMNS sets another one."""
-
-
-class CapacityError(UserError):
-    """The options contradict each other, or nothing can be predicted with them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from launch.capacity import reference
 from launch.capacity.bandwidth import parse_rate
 from launch.capacity.compute import StepTimes
 from launch.capacity.cost_model import Cluster, Input, Step, predict, useful_nodes
+from launch.capacity.errors import CapacityError
 from launch.capacity.figures import Figure, Kind
 from launch.capacity.measured import Measured, read_measured
 from launch.capacity.network import LinkNetwork, MeasuredNetwork, Network, Topology
-from launch.capacity.options import CapacityError
 from launch.capacity.workload import Workload
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import zero_and_precision

@@ -212,39 +212,39 @@ def test_useful_nodes(rates: dict[int, float], expected: int) -> None:
 
 # -- laws --------------------------------------------------------------------------------------------------------------
 
-positive = st.floats(1e-6, 1e3)
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    network = replace(FAST, latency=draw(st.floats(1e-7, 1e-2)), bandwidth=draw(st.floats(1e7, 1e12)))
+    return cluster(
+        network=network,
+        zero=draw(st.sampled_from((0, 1))),
+        overlaps=draw(st.booleans()),
+        jitter=draw(st.floats(0, 0.3)),
+        times=StepTimes(((64, draw(st.floats(1e-6, 1e3))),), draw(st.floats(0, 1))),
+        input=Input(decode=draw(st.floats(10, 1e6)), image_bytes=1e5, storage=1e9),
+    )
 
 
-@given(
-    latency=st.floats(1e-7, 1e-2), bandwidth=st.floats(1e7, 1e12), decode=st.floats(10, 1e6), seconds=positive,
-    launch=st.floats(0, 1), zero=st.sampled_from((0, 1)), overlaps=st.booleans(), jitter=st.floats(0, 0.3),
-    exponent=st.integers(0, 5),
-)  # fmt: skip
-def test_laws(
-    latency: float, bandwidth: float, decode: float, seconds: float, launch: float, zero: int, overlaps: bool,
-    jitter: float, exponent: int,
-) -> None:  # fmt: skip
+@given(plain=clusters(), nodes=st.integers(0, 5).map(lambda exponent: 2**exponent))
+def test_laws(plain: Cluster, nodes: int) -> None:
     """A step takes at least each of its parts, and no part becomes shorter on a worse cluster."""
-    network = replace(FAST, latency=latency, bandwidth=bandwidth)
-    plain = cluster(
-        network=network, zero=zero, overlaps=overlaps, jitter=jitter, times=StepTimes(((64, seconds),), launch),
-        input=Input(decode=decode, image_bytes=1e5, storage=1e9),
-    )  # fmt: skip
-    nodes = 2**exponent
+    network, times = plain.network, plain.times
+    assert isinstance(network, LinkNetwork)
     found = predict(plain, nodes, 4096)
     assert found.seconds >= max(found.terms.values()) * (1 - 1e-12)
     assert found.terms["gradient all-reduce"] <= found.all_reduce * (1 + 1e-9)
     assert found.seconds >= found.terms[found.limit]
     for worse in (
-        {"network": replace(network, latency=2 * latency)},
-        {"network": replace(network, bandwidth=bandwidth / 2)},
-        {"times": StepTimes(((64, 2 * seconds),), launch)},
-        {"times": StepTimes(((64, seconds),), 2 * launch)},
-        {"input": replace(plain.input, decode=decode / 2)},
+        {"network": replace(network, latency=2 * network.latency)},
+        {"network": replace(network, bandwidth=network.bandwidth / 2)},
+        {"times": replace(times, points=((64, 2 * times.seconds(64)),))},
+        {"times": replace(times, launch=2 * times.launch)},
+        {"input": replace(plain.input, decode=plain.input.decode / 2)},
         {"input": replace(plain.input, storage=1e3)},
-        {"jitter": jitter + 0.1},
+        {"jitter": plain.jitter + 0.1},
     ):
         assert predict(replace(plain, **worse), nodes, 4096).seconds >= found.seconds * (1 - 1e-9)
     more = predict(plain, 2 * nodes, 4096)
-    assert more.terms["compute"] <= found.terms["compute"] * slowest_of(more.ranks, jitter)
+    assert more.terms["compute"] <= found.terms["compute"] * slowest_of(more.ranks, plain.jitter)
     assert more.all_reduce >= found.all_reduce

@@ -1,0 +1,261 @@
+"""`pipeline capacity`: sources of the figures, errors, tables and JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launch.capacity.bandwidth import parse_rate
+from launch.capacity.json_file import to_json
+from launch.capacity.options import Capacity
+from launch.capacity.plan import Plan, plan
+from launch.capacity.tables import show
+from launch.cli import main
+from shards.errors import UserError
+from tests.support.capacity_files import bench, cpu_doctor, write
+from tests.support.doctors import healthy
+
+
+def kinds(found: Plan) -> dict[str, str]:
+    return {figure.name: figure.kind for figure in found.figures}
+
+
+def test_without_measurements_the_figures_are_references_and_assumptions() -> None:
+    found = plan(Capacity(variant="b3", nodes="1,4"))
+    assert set(kinds(found).values()) == {"reference", "assumed"}
+    assert found.device == "NVIDIA H200"
+    assert (found.cluster.zero, found.cluster.sync_bn, found.cluster.overlaps) == (1, 0, True)
+    (one, four) = found.steps[1024]
+    assert (one.rank_batch, four.rank_batch) == (128, 32)
+    assert one.terms["compute"] == pytest.approx(128 / 3209.5, rel=0.02)
+    assert found.training_steps(1024) == 300 * (1_281_167 // 1024) == 375_300
+    assert found.hours(one) == pytest.approx(375_300 * one.seconds / 3600)
+
+
+def test_options_come_before_measurements_and_measurements_before_references(tmp_path: Path) -> None:
+    files = write(tmp_path / "b.json", bench(seconds=2.0)), cpu_doctor(tmp_path / "d.json", latency=1e-3)
+    found = plan(Capacity(nodes="1,2", global_batch="32", measured=files))
+    assert (found.device, found.cluster.local_ranks, found.cluster.zero, found.cluster.sync_bn) == ("CPU", 1, 0, None)
+    assert kinds(found) == {
+        "training images": "assumed",
+        "training step": "measured",
+        "CPU cores per node": "measured",
+        "decoding per node": "measured",
+        "storage per node": "measured",
+        "all-reduce over 2 ranks": "measured",
+    }
+    one, two = found.steps[32]
+    assert one.seconds == pytest.approx(4.0)
+    assert two.terms["compute"] == pytest.approx(2.0)
+    assert two.terms["gradient all-reduce"] == pytest.approx(
+        2e-3 + found.cluster.workload.gradient_bytes / 1e8, rel=1e-3
+    )
+
+    other = Capacity(
+        nodes="1,2", global_batch="32", measured=files, cores_per_node=4, storage="1 MB/s", network="1 Gbit/s",
+        network_latency=10, gpus_per_node=2, jitter=0.1,
+    )  # fmt: skip
+    given = kinds(plan(other))
+    for name in (
+        "CPU cores per node",
+        "storage per node",
+        "network per node",
+        "latency between nodes",
+        "jitter of a step",
+    ):
+        assert given[name] == "given"
+    assert plan(other).cluster.local_ranks == 2
+
+
+def test_several_benches_give_the_time_by_batch_size(tmp_path: Path) -> None:
+    files = (
+        write(tmp_path / "16.json", bench(batch=16, seconds=1.0)),
+        write(tmp_path / "64.json", bench(batch=64, seconds=2.0)),
+    )
+    found = plan(Capacity(nodes="1,2", gpus_per_node=1, global_batch="64", network="1 GB/s", measured=files))
+    one, two = found.steps[64]
+    assert (one.terms["compute"], two.terms["compute"]) == pytest.approx((2.0, 1 + 16 / 48))
+    assert not any("in proportion" in note for note in found.notes)
+
+
+def test_images_of_the_set(digits: Path) -> None:
+    found = plan(Capacity(data=str(digits), nodes="1"))
+    assert found.images == 1437
+    stored = sum(file.stat().st_size for file in digits.rglob("*train*.tar"))
+    assert found.cluster.input.image_bytes == pytest.approx(stored / 1437)
+    assert kinds(found)["training images"] == "measured"
+    assert found.cluster.workload.parameters < plan(Capacity(nodes="1")).cluster.workload.parameters  # 10 classes
+
+
+def test_image_size_scales_the_time_of_the_device() -> None:
+    small, large = (plan(Capacity(variant="b3", size=size, nodes="1")) for size in (112, 224))
+    assert small.steps[4096][0].terms["compute"] == pytest.approx(large.steps[4096][0].terms["compute"] / 4)
+    assert small.steps[4096][0].terms["launch"] == large.steps[4096][0].terms["launch"]
+    assert any("224 pixels" in note for note in small.notes)
+
+
+def test_a_doctor_of_gpus_on_several_nodes(tmp_path: Path) -> None:
+    doctor = write(tmp_path / "doctor.json", healthy(4, local_ranks=2))
+    found = plan(Capacity(variant="b3", nodes="1,4,8", measured=(doctor,)))
+    assert found.cluster.local_ranks == 2
+    names = kinds(found)
+    assert names["all-reduce over 8 ranks"] == "measured"
+    assert names["links of a GPU"] == "assumed"  # of collectives within a node
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def without(content: dict[str, Any], *path: str) -> dict[str, Any]:
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner.pop(path[-1])
+    return content
+
+
+FILES = {
+    "not JSON": ("{", "not valid JSON; expected a file of 'pipeline bench"),
+    "a list": ("[]", "a list, not an object"),
+    "of another command": ('{"steps": 1}', "neither figures of bench nor of doctor"),
+    "no rate": (json.dumps(without(bench(), "model", "rate")), "model.rate: Field required"),
+    "no phase": (json.dumps(without(bench(), "both")), "both: Field required; write it again with 'pipeline bench"),
+    "negative": (json.dumps(bench() | {"loader": {"rate": -1.0, "cpu": 0, "waiting": 0}}), "loader.rate: Input should"),
+    "no network": (json.dumps({"nodes": [], "ranks": []}), "write it again with 'pipeline doctor"),
+    "another model": (json.dumps(bench(model="fat_b2")), "measured fat_b2, not fat_b0; measure with 'pipeline bench"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_wrong_files_are_one_line_errors(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = FILES[name]
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    assert main(["capacity", "--measured", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --measured {path}: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+OPTIONS = {
+    "--nodes 1,,2": "an empty entry is not a whole number from 1 to 10,000",
+    "--nodes 20000": "20000 is not a whole number from 1 to 10,000",
+    "--global-batch 1e3": "1e3 is not a whole number",
+    "--network 400": "expected a rate such as '400 Gbit/s' or '5 GB/s'",
+    "--storage 5Gb": "expected a rate",
+    "--min-efficiency 0.5": "expected a number above 0.5 to 1",
+    "--sync-bn groups": "expected auto, on, off or group:N",
+    "--model timm/resnet50": "was not measured; measure it with 'pipeline bench SET --json bench.json -- --model timm",
+    "--variant b0 --model fat_b1": "are different models",
+    "--measured missing.json": "no such file",
+    "--measured .": "is a folder",
+    "--data missing": "no such shard set",
+    "--data https://host/set": "is a URL",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_wrong_options_are_one_line_errors(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["capacity", *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert OPTIONS[options] in error
+    assert error.count("\n") == 1
+
+
+def test_files_that_contradict_each_other(tmp_path: Path) -> None:
+    gpu, cpu = write(tmp_path / "gpu.json", bench(gpu=True)), write(tmp_path / "cpu.json", bench())
+    doctor, other = cpu_doctor(tmp_path / "d.json"), cpu_doctor(tmp_path / "e.json")
+    for measured, message in (
+        ((gpu, doctor), "its ranks have CPUs, but those of bench.json GPUs"),
+        ((doctor,), "its ranks have CPUs, but those of the reference"),
+        ((gpu, cpu), "use files of one device and size"),
+        ((cpu, doctor, other), "are both of 'pipeline doctor'; use the one with more nodes"),
+        ((cpu,), "--network: not given, and no doctor.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan(Capacity(measured=measured))
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("400 Gbit/s", 50e9),
+        ("10gbit", 1.25e9),
+        ("2.5 GB/s", 2.5e9),
+        ("100MB/s", 1e8),
+        ("1 Tbps", None),
+        ("8kbit/s", 1e3),
+    ],
+)
+def test_rates(text: str, rate: float | None) -> None:
+    if rate is None:
+        with pytest.raises(UserError, match="--network 1 Tbps: expected a rate"):
+            parse_rate("--network", text)
+    else:
+        assert parse_rate("--network", text) == pytest.approx(rate)
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def shown(found: Plan, width: int) -> str:
+    text = io.StringIO()
+    show(found, Console(file=text, width=width, highlight=False))
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_into_the_terminal(width: int, tmp_path: Path) -> None:
+    files = write(tmp_path / "b.json", bench(seconds=100.0)), cpu_doctor(tmp_path / "d.json", latency=10.0)
+    slow = Capacity(nodes="1,2,64", measured=files, sync_bn="on", zero=0)
+    for options in (Capacity(variant="b3", nodes="1,2,3,10000"), slow):
+        lines = shown(plan(options), width).splitlines()
+        assert max(map(len, lines)) <= width
+        rows = [line.split() for line in lines if line.strip()[:2] in ("1 ", "64")]
+        assert rows
+        for row in rows:  # numbers are not cut
+            assert "…" not in "".join(row)
+
+
+def test_tables_say_what_limits_and_how_many_nodes_are_useful() -> None:
+    text = shown(plan(Capacity(variant="b3", nodes="1,2,3,64", global_batch="1024")), 120)
+    assert "global batch 1,024: 375,300 steps" in text
+    assert "3 nodes: not possible (world size 24 does not divide the global batch of 1024 into pairs" in text
+    assert "useful: up to 2 nodes (each doubling gives at least 1.4 x images/s)" in text
+    assert "launch" in text
+    assert "reference: NVIDIA H200, benchmarks/results/gpu.json" in text
+    none = shown(plan(Capacity(nodes="3", global_batch="1000")), 120)
+    assert "useful: none of these numbers of nodes is possible" in none
+
+
+def test_json_has_every_term(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["capacity", "--nodes", "1,3,8", "--global-batch", "1024", "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads(json.dumps(to_json(plan(Capacity(nodes="1,3,8", global_batch="1024")))))
+    assert set(content) == {
+        "model", "size", "epochs", "images", "device", "ranks_per_node", "zero", "sync_bn", "min_efficiency", "figures",
+        "notes", "global_batches",
+    }  # fmt: skip
+    (batch,) = content["global_batches"]
+    assert [entry["nodes"] for entry in batch["impossible"]] == [3]
+    first, last = batch["predictions"]
+    assert set(first) == {
+        "nodes", "ranks", "rank_batch", "images_per_second", "step_seconds", "limit", "terms", "all_reduce_seconds",
+        "efficiency", "hours", "node_hours",
+    }  # fmt: skip
+    assert set(first["terms"]) == {
+        "decode", "storage", "compute", "launch", "gradient all-reduce", "BatchNorm collectives",
+    }  # fmt: skip
+    assert first["efficiency"] == 1
+    assert last["node_hours"] == pytest.approx(8 * last["hours"])
+    assert last["efficiency"] == pytest.approx(last["images_per_second"] / 8 / first["images_per_second"])
+    out = tmp_path / "capacity.json"
+    assert main(["capacity", "--nodes", "1,3,8", "--global-batch", "1024", "--json", str(out)]) == 0
+    assert json.loads(out.read_text()) == content
+    assert "useful" in capsys.readouterr().out
