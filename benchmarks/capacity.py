@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from tests.support.waiting import wait_until
 RANKS = (1, 2, 4)
 PERIOD = 10_000  # microseconds: with the usual 100 ms, ranks would wait long for one that its quota has stopped
 START_CORES = 1.0  # until the first steps are done
+MTU = 9000  # bytes, of delayed links
 # Other programs must not take the time that the quotas allow.
 NICENESS, SHARES = -10, 10240
 PIPELINE = (sys.executable, "-m", "launch.cli")
@@ -81,9 +83,9 @@ class Options:
     size: int = 64
     """Height and width of the images."""
     global_batch: int = 32
-    steps: int = 10
+    steps: int = 5
     """Steps of each timed interval."""
-    intervals: int = 4
+    intervals: int = 3
     """Number of timed intervals, of which the median counts."""
     only: tuple[str, ...] = ()
     """Names of the networks; all by default."""
@@ -220,7 +222,7 @@ def network(setting: Setting, options: Options, folder: Path, data: Path) -> Ite
             if setting.rate:
                 host.limit_rate(setting.rate)
             if setting.delay:
-                stack.enter_context(host.delayed(setting.delay))
+                stack.enter_context(host.delayed(setting.delay, mtu=MTU))
         for group in groups:
             with contextlib.suppress(FileNotFoundError):  # of version 1 of control groups
                 group.with_name("cpu.shares").write_text(str(SHARES))
@@ -230,10 +232,12 @@ def network(setting: Setting, options: Options, folder: Path, data: Path) -> Ite
             host.kill()
 
 
-def compare(lab: Lab, setting: Setting, benches: Sequence[Path]) -> list[dict[str, Any]]:
-    """Measure and predict a setting."""
+def compare(
+    lab: Lab, setting: Setting, benches: Sequence[Path], numbers: Sequence[int] = RANKS
+) -> list[dict[str, Any]]:
+    """Measure and predict a setting, for some numbers of ranks."""
     options, doctor, rows = lab.options, lab.doctor(setting), []
-    for ranks in RANKS:
+    for ranks in numbers:
         measured = lab.train(setting, ranks)
         predicted = plan(
             Capacity(
@@ -279,6 +283,8 @@ def main() -> None:
     settings = [setting for setting in SETTINGS if not options.only or setting.name in options.only]
     rows: list[dict[str, Any]] = []
     os.nice(NICENESS)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have set the first to be ignored
+        signal.signal(number, lambda *_: sys.exit("interrupted"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work or Path(temporary)
         folder.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from launch.capacity.options import Capacity
 from launch.capacity.plan import Plan, plan
 from launch.capacity.tables import show
 from launch.cli import main
+from launch.models.specification import Variant
 from shards.errors import UserError
 from tests.support.capacity_files import bench, cpu_doctor, write
 from tests.support.doctors import healthy
+from tests.support.launching import ROOT
 
 
 def kinds(found: Plan) -> dict[str, str]:
@@ -259,3 +262,21 @@ def test_json_has_every_term(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["capacity", "--nodes", "1,3,8", "--global-batch", "1024", "--json", str(out)]) == 0
     assert json.loads(out.read_text()) == content
     assert "useful" in capsys.readouterr().out
+
+
+# -- documentation -----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_is_the_output_of_the_command() -> None:
+    page = (ROOT / "docs" / "capacity.md").read_text()
+    example = page.partition("```text\n")[2].partition("```")[0]
+    text = shown(plan(Capacity(variant="b3", nodes="1,2,4,8,16,64")), 120)
+    assert [line.rstrip() for line in text.splitlines()] == example.splitlines()
+
+
+@pytest.mark.parametrize("variant", ["b0", "b1", "b2", "b3"])
+def test_the_useful_nodes_in_the_documentation_are_predicted(variant: Variant) -> None:
+    page = (ROOT / "docs" / "slurm.md").read_text()
+    (row,) = re.findall(rf"^\| {variant.upper()} \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    fast, slow = (plan(Capacity(variant=variant, network=network)) for network in (None, "10 Gbit/s"))
+    assert tuple(map(int, row)) == (fast.useful(1024), fast.useful(4096), slow.useful(4096))
