@@ -46,7 +46,6 @@ from tests.support.waiting import wait_until
 RANKS = (1, 2, 4)
 PERIOD = 10_000  # microseconds: with the usual 100 ms, ranks would wait long for one that its quota has stopped
 START_CORES = 1.0  # until the first steps are done
-MTU = 9000  # bytes, of delayed links
 # Other programs must not take the time that the quotas allow.
 NICENESS, SHARES = -10, 10240
 PIPELINE = (sys.executable, "-m", "launch.cli")
@@ -222,7 +221,7 @@ def network(setting: Setting, options: Options, folder: Path, data: Path) -> Ite
             if setting.rate:
                 host.limit_rate(setting.rate)
             if setting.delay:
-                stack.enter_context(host.delayed(setting.delay, mtu=MTU))
+                stack.enter_context(host.delayed(setting.delay))
         for group in groups:
             with contextlib.suppress(FileNotFoundError):  # of version 1 of control groups
                 group.with_name("cpu.shares").write_text(str(SHARES))

@@ -51,11 +51,8 @@ class Host:
         ip("link", "set", self._link, "up")
 
     @contextlib.contextmanager
-    def delayed(self, seconds: float, *, mtu: int = 1500) -> Iterator[None]:
-        """Delay every packet to and from this host by `seconds`.
-
-        With a larger `mtu`, in bytes, the link has fewer packets to forward, and transfers more.
-        """
+    def delayed(self, seconds: float) -> Iterator[None]:
+        """Delay every packet to and from this host by `seconds`."""
         inner, near, far = (f"{kind}{self._link[1:]}" for kind in "bnf")  # the bridge of the link, and two TAPs
         command = [sys.executable, "-m", "tests.support.delayed_link", near, far, str(seconds)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -64,9 +61,8 @@ class Host:
                 assert process.stdout.readline() == "ready\n"
                 ip("link", "add", inner, "type", "bridge")
                 for link, bridge in ((near, inner), (self._link, inner), (far, self._bridge)):
-                    ip("link", "set", link, "master", bridge, "mtu", str(mtu), "up")
+                    ip("link", "set", link, "master", bridge, "up")
                 ip("link", "set", inner, "up")
-                ip("-n", self.name, "link", "set", "eth0", "mtu", str(mtu))
                 yield
             finally:
                 ip("link", "set", self._link, "master", self._bridge, check=False)
