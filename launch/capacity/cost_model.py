@@ -18,11 +18,11 @@ from pipeline.batch_shape import BatchShape
 Limit = Literal["decode", "storage", "compute", "launch", "gradient all-reduce", "BatchNorm collectives"]
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 
-BACKWARD = 2 / 3
-"""Fraction of the time of computing, and of launching, in the backward pass: it has twice the operations of the forward
-pass."""
-NORMS_BACKWARD = 1 / 2
-"""Fraction of the time of BatchNorm's collectives in the backward pass: each layer has one in each pass."""
+FORWARD = 1 / 3
+"""Fraction of the time of computing, and of launching, in the forward pass, which has half of the operations of the
+backward pass."""
+NORMS_FORWARD = 1 / 2
+"""Fraction of the time of BatchNorm's collectives in the forward pass: each layer has one in each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ def predict(cluster: Cluster, nodes: int, global_batch: int) -> Step:
     norms = norm_seconds(cluster, over)
     on_device = one_pass + norms
     running = max(on_device, launch)
-    backward = max(BACKWARD * one_pass + NORMS_BACKWARD * norms, BACKWARD * launch)
-    transfer, exposed = gradient_seconds(cluster, over, backward=backward)
+    forward = max(FORWARD * one_pass + NORMS_FORWARD * norms, FORWARD * launch)
+    transfer, exposed = gradient_seconds(cluster, over, backward=running - forward)
     source = cluster.input
     terms: dict[Limit, float] = {
         "decode": global_batch / (nodes * source.decode),

@@ -1,7 +1,7 @@
 """Delay Ethernet frames between two new TAP interfaces: `python -m tests.support.delayed_link TAP1 TAP2 SECONDS`.
 
-The kernel's own delay (the qdisc netem) is not part of every kernel. Large TCP segments are forwarded in one piece, with
-the header that describes them, because splitting them would take more CPU time than the program that is tested.
+The kernel's own delay (the qdisc netem) is not part of every kernel. Large TCP segments are forwarded in one piece,
+with the header that describes them, because splitting them would take more CPU time than the tested program.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def forward(first: int, second: int, delay: float) -> None:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(OSError):  # without the right to it, other programs may add to the delay
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     taps = [open_tap(name) for name in sys.argv[1:3]]
     print("ready", flush=True)
     forward(taps[0], taps[1], float(sys.argv[3]))
