@@ -22,6 +22,8 @@ from shards.schema import first_error
 T = TypeVar("T", bound=BaseModel)
 
 MAX_BYTES = 1 << 26
+SMALL = 1 << 13
+"""Bytes of an all-reduce whose time is that of its messages, not of its bytes."""
 EXPECTED = "expected a file of 'pipeline bench --json' or 'pipeline doctor --json'"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -122,6 +124,12 @@ class _Network(BaseModel, strict=True):
     latency: Positive
     all_reduce: tuple[_AllReduce, ...]
     pairs: tuple[_Pair, ...] = ()
+
+    @property
+    def small_all_reduce(self) -> float:
+        """Seconds of an all-reduce of a few KiB, or of 8 bytes, if no small one was measured."""
+        smallest = min(self.all_reduce, key=lambda entry: entry.bytes, default=None)
+        return smallest.seconds if smallest is not None and smallest.bytes <= SMALL else self.latency
 
 
 class _Node(BaseModel, strict=True):

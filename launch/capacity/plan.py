@@ -328,7 +328,7 @@ class _Sources:
             )
             return MeasuredNetwork(
                 measured=Topology(hosts, max(1, ranks // hosts)),
-                latency=found.latency,
+                latency=found.small_all_reduce,
                 points=tuple(sorted((entry.bytes, entry.seconds) for entry in found.all_reduce)),
                 message_latency=doctor.message_latency or reference.NETWORK_LATENCY,
                 algorithm="tree" if self.on_gpu else "ring",

@@ -46,7 +46,7 @@ def test_several_processes_are_measured_together(tmp_path: Path, photos: Path) -
     assert content["network"]["pairs"] == []
     sizes = [entry["bytes"] for entry in content["network"]["all_reduce"]]
     assert sizes == sorted(sizes)
-    assert sizes[0] == 1 << 16
+    assert sizes[0] == 1 << 12
     for entry in content["network"]["all_reduce"]:  # 2 (n - 1) / n = 1 for two ranks
         assert entry["bus_bandwidth"] == pytest.approx(entry["bytes"] / entry["seconds"])
 

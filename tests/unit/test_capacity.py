@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launch.capacity.bandwidth import parse_rate
 from launch.capacity.json_file import to_json
+from launch.capacity.network import Topology
 from launch.capacity.options import Capacity
 from launch.capacity.plan import Plan, plan
 from launch.capacity.tables import show
@@ -100,6 +101,19 @@ def test_image_size_scales_the_time_of_the_device() -> None:
     assert small.steps[4096][0].terms["compute"] == pytest.approx(large.steps[4096][0].terms["compute"] / 4)
     assert small.steps[4096][0].terms["launch"] == large.steps[4096][0].terms["launch"]
     assert any("224 pixels" in note for note in small.notes)
+
+
+def test_the_latency_is_that_of_a_small_all_reduce_not_of_one_value(tmp_path: Path) -> None:
+    """gloo divides only larger tensors among the ranks, which takes more messages."""
+    path = cpu_doctor(tmp_path / "d.json", latency=1e-3)
+    content = json.loads(path.read_text())
+    content["network"]["all_reduce"].insert(0, {"bytes": 4096, "seconds": 2e-3, "bus_bandwidth": 1.0})
+    for small, latency in ((2e-3, 2e-3), (None, 1e-3)):
+        if small is None:
+            del content["network"]["all_reduce"][0]
+        files = write(tmp_path / "b.json", bench()), write(path, content)
+        network = plan(Capacity(nodes="2", global_batch="32", measured=files)).cluster.network
+        assert network.all_reduce(64, Topology(2, 1)) == pytest.approx(latency, rel=1e-3)
 
 
 def test_a_doctor_of_gpus_on_several_nodes(tmp_path: Path) -> None:
