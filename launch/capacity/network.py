@@ -84,8 +84,8 @@ class MeasuredNetwork:
     """All-reduces that were measured over some ranks, and their extrapolation to other numbers of ranks.
 
     The measured time t(S) of S bytes over m ranks consists of the latency, which is the time of a few KiB, and a rest.
-    The rest is a function of the bytes that a rank sends in a ring, 2 (m - 1) / m S, and that function is used for every
-    number of ranks n. The latency of a ring (gloo) is in proportion to n - 1; that of a tree (NCCL) grows by 2 messages
+    The rest is a function of the bytes that a rank sends in a ring, 2 (m - 1) / m S, which is used for every number of
+    ranks n. The latency of a ring (gloo) is in proportion to n - 1; that of a tree (NCCL) grows by 2 messages
     between nodes per doubling of the nodes.
     """
 

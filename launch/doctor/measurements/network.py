@@ -13,8 +13,8 @@ from launch.doctor.measurements.report import AllReduce, Pair
 
 LATENCY_REPEATS = 20
 ALL_REDUCE_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 26)
-# The first is about the size of the statistics of a BatchNorm layer. A single value takes less time, because gloo divides
-# only larger tensors among the ranks.
+# The first is about the size of the statistics of a BatchNorm layer. A single value takes less time, because gloo
+# divides only larger tensors among the ranks.
 ALL_REDUCE_SECONDS = 0.3  # per size
 MAX_REPEATS = 20
 MIN_PAIR_ROUNDS = 3
