@@ -180,6 +180,12 @@ class Doctor(BaseModel, strict=True):
         pairs = self.network.pairs if self.network else ()
         return statistics.median(pair.latency for pair in pairs) if pairs else None
 
+    @property
+    def message_bandwidth(self) -> float | None:
+        """Bytes/s between two hosts, the median of the pairs; None: not measured."""
+        pairs = self.network.pairs if self.network else ()
+        return statistics.median(pair.bandwidth for pair in pairs) if pairs else None
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -130,12 +130,12 @@ class _Sources:
             )
         if (
             not self.on_gpu
-            and self.doctor is None
+            and (self.doctor is None or self.doctor.network is None)
             and self.options.network is None
             and max(self.options.node_counts) > 1
         ):
             raise CapacityError(
-                "--network: not given, and no doctor.json; without GPUs there is no reference for it, so measure it "
+                "--network: neither given nor measured; without GPUs there is no reference for it, so measure it "
                 "with 'pipeline doctor --json doctor.json' on several nodes, or use --network"
             )
 
@@ -340,6 +340,8 @@ class _Sources:
         options, nodes = self.options, max(self.options.node_counts)
         before = len(self.figures)
         between = self._rate("--network", options.network, "network per node")
+        if between is None and self.doctor and (between := self.doctor.message_bandwidth) is not None:
+            self._note("network per node", _rate_text(between), "measured", self.doctor_path)
         if between is None:
             between = reference.NETWORK
             if nodes > 1:

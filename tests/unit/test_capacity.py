@@ -75,6 +75,9 @@ def test_options_come_before_measurements_and_measurements_before_references(tmp
         assert given[name] == "given"
     assert plan(other).cluster.local_ranks == 2
 
+    latency = kinds(plan(Capacity(nodes="2", global_batch="32", measured=files, network_latency=10)))
+    assert (latency["network per node"], latency["latency between nodes"]) == ("measured", "given")
+
 
 def test_several_benches_give_the_time_by_batch_size(tmp_path: Path) -> None:
     files = (
@@ -188,12 +191,14 @@ def test_wrong_options_are_one_line_errors(options: str, capsys: pytest.CaptureF
 def test_files_that_contradict_each_other(tmp_path: Path) -> None:
     gpu, cpu = write(tmp_path / "gpu.json", bench(gpu=True)), write(tmp_path / "cpu.json", bench())
     doctor, other = cpu_doctor(tmp_path / "d.json"), cpu_doctor(tmp_path / "e.json")
+    one_rank = write(tmp_path / "one.json", json.loads(doctor.read_text()) | {"network": None})
     for measured, message in (
         ((gpu, doctor), "its ranks have CPUs, but those of bench.json GPUs"),
         ((doctor,), "its ranks have CPUs, but those of the reference"),
         ((gpu, cpu), "use files of one device and size"),
         ((cpu, doctor, other), "are both of 'pipeline doctor'; use the one with more nodes"),
-        ((cpu,), "--network: not given, and no doctor.json"),
+        ((cpu,), "--network: neither given nor measured"),
+        ((cpu, one_rank), "--network: neither given nor measured"),
     ):
         with pytest.raises(UserError, match=message):
             plan(Capacity(measured=measured))
