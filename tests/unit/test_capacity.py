@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launch.capacity import reference
 from launch.capacity.bandwidth import parse_rate
 from launch.capacity.json_file import to_json
 from launch.capacity.network import Topology
@@ -88,6 +89,24 @@ def test_several_benches_give_the_time_by_batch_size(tmp_path: Path) -> None:
     one, two = found.steps[64]
     assert (one.terms["compute"], two.terms["compute"]) == pytest.approx((2.0, 1 + 16 / 48))
     assert not any("in proportion" in note for note in found.notes)
+
+
+def test_the_step_includes_what_the_loader_takes_from_it_but_not_waiting(tmp_path: Path) -> None:
+    figures = bench(batch=16, seconds=1.0)
+    for rate, waiting, seconds in ((8.0, 0.0, 2.0), (8.0, 0.5, 1.0), (20.0, 0.0, 1.0)):
+        path = write(tmp_path / "b.json", figures | {"both": figures["both"] | {"rate": rate, "waiting": waiting}})
+        found = plan(Capacity(nodes="1", gpus_per_node=1, global_batch="16", measured=(path,)))
+        assert found.steps[16][0].terms["compute"] == pytest.approx(seconds)
+
+
+def test_decoding_by_cores(tmp_path: Path) -> None:
+    """On CPUs in proportion to the cores (160 images/s with 2); on a GPU, one core of each rank launches the step."""
+    path = write(tmp_path / "b.json", bench())
+    found = plan(Capacity(nodes="1", gpus_per_node=2, cores_per_node=16, measured=(path,)))
+    assert found.cluster.input.decode == pytest.approx(2 * 160 * 8 / 2)
+    cpu = reference.h200().loader_cpu_seconds
+    assert plan(Capacity(nodes="1", cores_per_node=16)).cluster.input.decode == pytest.approx(8 * (2 - 1) / cpu)
+    assert plan(Capacity(nodes="1", cores_per_node=800)).cluster.input.decode == pytest.approx(8 * 18408.4)
 
 
 def test_images_of_the_set(digits: Path) -> None:

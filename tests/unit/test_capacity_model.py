@@ -145,6 +145,11 @@ def test_links_of_a_tree_and_of_a_ring() -> None:
     assert all_gather(tree, MB, Topology(2, 8)) == tree.all_reduce(MB, Topology(2, 8)) / 2
 
 
+def test_topology_of_groups() -> None:
+    assert Topology(4, 8).group(4) == Topology(1, 4)
+    assert Topology(4, 8).group(16) == Topology(2, 8)
+
+
 def measured(**changes: Any) -> MeasuredNetwork:
     """Return two ranks with a latency of 1 ms and 100 MB/s."""
     points = tuple((size, 1e-3 + size / 1e8) for size in (1 << 16, 1 << 20, 1 << 24))
