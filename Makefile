@@ -7,6 +7,8 @@ DEMO        ?= demo
 OUT         ?= benchmarks/results
 # Number of processes that run the tests in parallel.
 TEST_WORKERS ?= 2
+# For `make soak`: its duration.
+MINUTES     ?= 60
 # For `make gpu`: the profiles to run in order, and the time limit of one call in seconds.
 PROFILES    ?= contact measure
 GPU_SECONDS ?= 600
@@ -27,7 +29,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2 openssh-server opens
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip sshd ssh >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants style lint audit docs peers bench gpu clean
+.PHONY: help install demo test test-unit test-dist test-timed test-slurm test-all mutants style lint soak audit docs peers bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +95,10 @@ test-all: style $(FOR_TESTS) slurm-installed  ## all tests, including the slow o
 # Not part of `make test-all`, because it takes an hour on two cores. FILES="pipeline/plan.py ..." selects files.
 mutants: $(FOR_TESTS)  ## mutation testing of the files in tests/mutation/campaign.toml: find code changes that no test detects
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.campaign --workers $(TEST_WORKERS) $(FILES)
+
+# Not part of `make test-all` either, which has a short one. As root, for network namespaces and mounts (docs/soak.md).
+soak: $(FOR_TESTS)  ## train through random failures for an hour -> benchmarks/results/soak.json: make soak MINUTES=60
+	PATH=$$PATH:/usr/sbin $(BIN)/python -m tests.soak --minutes $(MINUTES) --json $(OUT)/soak.json
 
 style: $(FOR_TESTS)
 	$(BIN)/ruff check .

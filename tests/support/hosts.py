@@ -71,22 +71,15 @@ class Host:
 
     def limit_rate(self, rate: str) -> None:
         """Limit the rate of packets that this host sends, such as "10mbit"."""
-        command = [
-            "tc",
-            "qdisc",
-            "replace",
-            "dev",
-            "eth0",
-            "root",
-            "tbf",
-            "rate",
-            rate,
-            "burst",
-            "64kb",
-            "latency",
-            "1s",
-        ]
-        subprocess.run(["ip", "netns", "exec", self.name, *command], check=True, timeout=20)
+        self._tc("qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "1s")
+
+    def unlimit_rate(self) -> None:
+        """End `limit_rate`."""
+        self._tc("qdisc", "del", "dev", "eth0", "root", check=False)
+
+    def _tc(self, *args: str, check: bool = True) -> None:
+        command = ["ip", "netns", "exec", self.name, "tc", *args]
+        subprocess.run(command, check=check, capture_output=not check, timeout=20)
 
     def power_off(self) -> None:
         """Kill all processes, without packets to other hosts."""

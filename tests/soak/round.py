@@ -1,0 +1,172 @@
+"""One round of a soak, with its shared storage, and the laws that are checked at its end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.run.metrics_file import final_timeline, read_metrics
+from launch.run.status import read_status
+from tests.soak import laws
+from tests.soak.accounting import Failure
+from tests.soak.nodes import Node
+from tests.soak.ranks import options
+from tests.soak.records import Batch
+from tests.soak.reference import References, plan_of, segments
+from tests.soak.schedule import RoundPlan
+from tests.soak.storage import mounted
+from tests.soak.supervisor import Supervisor
+
+STORAGE_MEGABYTES = 48
+FINAL_FILES = ("weights-last.safetensors", "weights-ema-last.safetensors")
+
+
+@dataclass
+class RoundResult:
+    """Result of a round."""
+
+    number: int
+    failures: list[Failure]
+    violations: list[str]
+    planned: int
+    began: float
+    wall: float = 0.0
+    """Seconds of the disturbed run, from its first start to its end."""
+    training: float = 0.0
+    """Seconds of the steps that are in the final weights, without waiting for data."""
+    step_seconds: float = 0.0
+    """Mean duration of these steps."""
+    steps: int = 0
+    executed: int = 0
+    starts: int = 0
+    reference_seconds: float = 0.0
+    checked: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = asdict(self)
+        del kept["failures"], kept["began"]
+        return {name: round(value, 2) if isinstance(value, float) else value for name, value in kept.items()}
+
+
+def run_round(
+    plan: RoundPlan, nodes: list[Node], references: References, *, data: Path, folder: Path, seed: int, epochs: int,
+    pace: float, say: Callable[[str], None] = print,
+) -> RoundResult:  # fmt: skip
+    """Run a round in `folder`, which is removed if no law is violated.
+
+    Args:
+        references: undisturbed runs, with one of which the round is compared.
+        data: data set, which is copied before it is damaged.
+        seed: seed of the training.
+        epochs: length of the training.
+        pace: minimum duration of a step in seconds.
+        say: prints a line.
+    """
+    folder.mkdir(parents=True)
+    disturbed, run = folder / "set", folder / "shared" / "run"
+    shutil.copytree(data, disturbed)
+
+    def options_of(run: Path, data: Path) -> list[str]:
+        return options(run=run, data=data, seed=seed, epochs=epochs, zero=plan.zero, feed_process=plan.feed_process)
+
+    training_plan = plan_of(options_of(run, data))
+    with mounted(folder / "shared", folder / "shared.img", megabytes=STORAGE_MEGABYTES) as storage:
+        supervisor = Supervisor(
+            plan, nodes, folder=folder, storage=storage, run=run, data=disturbed, pace=pace, say=say,
+            options=options_of(run, disturbed),
+        )  # fmt: skip
+        began = time.monotonic()
+        supervisor.train()
+        result = RoundResult(plan.number, supervisor.failures, supervisor.violations, len(plan.failures), began)
+        result.wall = time.monotonic() - began
+        _summarize(result, supervisor)
+        result.violations += _check_nodes(supervisor)
+        final = supervisor.records.final()
+        if set(final) >= set(range(training_plan.steps)):
+            began = time.monotonic()
+            parts = segments(supervisor.records, training_plan, supervisor.damaged)
+            reference, expected = references.get(parts, options_of, clean=data, damaged=disturbed)
+            result.reference_seconds = time.monotonic() - began
+            _compare(result, supervisor, training_plan, reference, expected, saved_at_other_steps=len(parts) > 1)
+        else:
+            result.violations.append(f"only {len(final)} of {training_plan.steps} steps were done")
+        if result.violations:
+            shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("PREEMPT"))
+        for node in nodes:
+            node.clock.set(0.0)
+            node.wipe()
+    if not result.violations:
+        shutil.rmtree(folder)
+    return result
+
+
+def _summarize(result: RoundResult, supervisor: Supervisor) -> None:
+    records = supervisor.records
+    timeline = {done.step: done for done in records.steps}
+    result.steps, result.executed, result.starts = len(timeline), len(records.steps), len(supervisor.starts)
+    result.training = sum(done.seconds for done in timeline.values())
+    result.step_seconds = result.training / max(1, len(timeline))
+    lost = sum(failure.lost_steps for failure in result.failures)
+    if lost != result.executed - result.steps:
+        result.violations.append(
+            f"{result.executed - result.steps} steps were repeated, but {lost} are attributed to failures"
+        )
+
+
+def _check_nodes(supervisor: Supervisor) -> list[str]:
+    """Check that nothing runs on the nodes, and that no shared memory and no local checkpoints are left there."""
+    found = []
+    for node in supervisor.nodes:
+        if node.processes():
+            found.append(f"{node.name}: processes remain: {node.processes()}")
+        files = [str(path.relative_to(node.local)) for path in node.local.rglob("*") if not path.is_dir()]
+        # Local checkpoints of a failed start remain until the next start on that node (docs/resuming.md).
+        elsewhere = node is not supervisor.nodes[supervisor.placement[0]]
+        left = [name for name in files if not (elsewhere and name.startswith("fat-checkpoints-"))]
+        if left:
+            found.append(f"{node.name}: files are left in /dev/shm: {left}")
+    return found
+
+
+def _compare(
+    result: RoundResult, supervisor: Supervisor, plan: Any, reference: dict[int, Batch], expected: Path,
+    *, saved_at_other_steps: bool,
+) -> None:  # fmt: skip
+    """Check the laws, and count what holds if there is no violation."""
+    records, run, damaged = supervisor.records, supervisor.run, supervisor.damaged
+    final = records.final()
+    timeline = {step: batch for step, start in final.items() if (batch := start.batch(step)) is not None}
+    found, skipped = laws.exactly_once(
+        timeline, plan.ids, samples=plan.samples, steps_per_epoch=plan.steps_per_epoch, damaged=damaged
+    )
+    result.violations += found
+    other, executions = laws.same_batches(records, reference, plan.ids, damaged)
+    result.violations += other
+    result.violations += laws.complete_steps(records)
+    if read_status(run) != "finished":
+        result.violations.append(f"the status of the run is {read_status(run)}")
+    tensors = 0
+    exact = not (supervisor.extra_saves or saved_at_other_steps)
+    checkpoint = f"checkpoints/step-{plan.steps:08d}/state.safetensors"
+    for name in (*FINAL_FILES, checkpoint):
+        if not (run / name).is_file():
+            result.violations.append(f"{name} is missing")
+            continue
+        wrong, count = laws.same_tensors(run / name, expected / name, exact_statistics=exact)
+        result.violations += wrong
+        tensors += count
+    result.violations += laws.contiguous_metrics(final_timeline(read_metrics(run)), plan.steps)
+    if result.violations:
+        return
+    result.checked = {
+        "epochs": plan.steps // plan.steps_per_epoch,
+        "samples delivered exactly once": sum(len(batch.ids) for batch in timeline.values()) - skipped,
+        "damaged samples skipped exactly once": skipped,
+        "executions of steps with equal samples and images": executions,
+        "tensors equal to the undisturbed run": tensors,
+        "rounds with BatchNorm statistics equal in every bit": int(exact),
+    }
