@@ -6,11 +6,12 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Protocol
 
+from tests.soak.job import Allocation
 from tests.soak.nodes import Node
 from tests.soak.storage import Storage
 from tests.support.damage import flip_a_bit
@@ -25,20 +26,6 @@ QUEUE_SECONDS = (1.0, 3.0)
 """Between a preemption or requeue and the next start."""
 GRACE_SECONDS = 60.0
 """For which a preempted run may save, as SLURM's KillWait and GraceTime; on a busy machine."""
-
-
-@dataclass
-class Allocation:
-    """How the next start is done."""
-
-    placement: list[int]
-    """Node of every rank."""
-    wait: float = 0.0
-    """Seconds to wait first, as in the queue of a scheduler."""
-    wipe: bool = False
-    """Whether the node-local storage is lost."""
-    before: list[Callable[[], None]] = field(default_factory=list)
-    """Called when nothing runs any more, before the start."""
 
 
 class Scene(Protocol):
