@@ -95,7 +95,25 @@ def wrap(
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         # By default DDP waits for the device at every 100th step, to collect statistics that are not used here.
         wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+        if not cuda:
+            _arrange_buckets(wrapped)
     return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
+
+
+def _arrange_buckets(wrapped: nn.parallel.DistributedDataParallel) -> None:
+    """Let DDP arrange its buckets of gradients before the first step of a start. Collective.
+
+    DDP arranges them anew after the first backward pass, in the order in which that pass computed the gradients. With
+    three ranks or more, gloo adds the gradients of the ranks in an order that depends on their place in a bucket. So the
+    first step after a start would be rounded differently than the same step of a run that was not interrupted. Here they
+    are arranged by a backward pass whose gradients are zero, in the reverse order of the parameters.
+    """
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    wrapped.reducer.prepare_for_forward()
+    wrapped.reducer.prepare_for_backward([])
+    torch.stack([0.0 * parameter.sum() for parameter in trained]).sum().backward()
+    for parameter in trained:
+        parameter.grad = None
 
 
 def _without_cpu_extension() -> None:

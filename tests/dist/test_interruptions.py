@@ -218,6 +218,16 @@ def test_a_killed_run_resumes_from_a_local_checkpoint_with_the_same_weights(
     assert list(memory.rglob("step-*")) == []
 
 
+def test_a_killed_run_of_three_ranks_ends_with_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:
+    """Of three gradients, unlike of two, the order in which they are added matters."""
+    how: dict[str, Any] = {"seed": 1, "steps": 4, "worlds": (3,)}
+    small = ("--global-batch", "48", "--classes-subset", "2", "--zero", "0")
+    whole = killed_and_resumed(train, tmp_path / "whole", digits, *small, kills=0, **how)
+    killed = killed_and_resumed(train, tmp_path / "killed", digits, *small, kills=2, **how)
+    assert max(line["step"] for line in lines(killed, "start")) > 0
+    assert_bit_identical(whole, killed)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("worlds", [(1,), (2,)])
