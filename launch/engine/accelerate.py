@@ -104,9 +104,9 @@ def _arrange_buckets(wrapped: nn.parallel.DistributedDataParallel) -> None:
     """Let DDP arrange its buckets of gradients before the first step of a start. Collective.
 
     DDP arranges them anew after the first backward pass, in the order in which that pass computed the gradients. With
-    three ranks or more, gloo adds the gradients of the ranks in an order that depends on their place in a bucket. So the
-    first step after a start would be rounded differently than the same step of a run that was not interrupted. Here they
-    are arranged by a backward pass whose gradients are zero, in the reverse order of the parameters.
+    three ranks or more, gloo adds the gradients of the ranks in an order that depends on their place in a bucket, so
+    the first step after a start would be rounded differently than the same step of a run that was not interrupted. Here
+    they are arranged by a backward pass whose gradients are zero, in the reverse order of the parameters.
     """
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     wrapped.reducer.prepare_for_forward()
