@@ -7,6 +7,8 @@ import random
 import torch
 from torch import Tensor, nn
 
+import fat
+
 
 def small(num_classes: int, drop_path_rate: float = 0.0) -> nn.Module:
     """Return a small convolutional network."""
@@ -127,3 +129,12 @@ def fails(num_classes: int) -> nn.Module:
 
 def without_drop_path(num_classes: int) -> nn.Module:
     return small(num_classes)
+
+
+def small_fat(num_classes: int, drop_path_rate: float = 0.1) -> nn.Module:
+    """Return a FAT network of 70,000 parameters, with BatchNorm, attention and drop path."""
+    config = fat.FATConfig(
+        widths=(8, 16, 24, 32), depths=(1, 1, 1, 1), heads=(1, 2, 2, 4), num_classes=num_classes,
+        drop_path=drop_path_rate,
+    )  # fmt: skip
+    return fat.create_model(config, num_classes=num_classes)
