@@ -132,7 +132,7 @@ def without_drop_path(num_classes: int) -> nn.Module:
 
 
 def small_fat(num_classes: int, drop_path_rate: float = 0.1) -> nn.Module:
-    """Return a FAT network of 70,000 parameters, with BatchNorm, attention and drop path."""
+    """Return a FAT network of 50,000 parameters, with BatchNorm, attention and drop path."""
     config = fat.FATConfig(
         widths=(8, 16, 24, 32), depths=(1, 1, 1, 1), heads=(1, 2, 2, 4), num_classes=num_classes,
         drop_path=drop_path_rate,
