@@ -1,4 +1,4 @@
-"""A short soak (tests/soak): every law holds after some failures, and a broken law is found."""
+"""A short soak (tests/soak): every law holds after some failures."""
 
 from __future__ import annotations
 
