@@ -28,6 +28,8 @@ MAX_FAILED_STARTS = 12
 RESTART_SECONDS = 0.3
 # Finished; failed; ended on request or by the watchdog; killed. Not 2, which means invalid input.
 ALLOWED_STATUSES = (0, 1, EXIT_STATUS, -signal.SIGKILL)
+# In addition, before training has started: stopped by the signals of a preemption.
+STOPPED_EARLY = (128 + signal.SIGTERM, 128 + signal.SIGUSR2)
 
 
 class RoundFailed(Exception):
@@ -153,8 +155,9 @@ class Job:
         started = self.starts[-1]
         started.status = read_status(self.run)
         self.log("end", number=started.number, exits=started.exits, status=started.status, killed=started.killed)
+        allowed = ALLOWED_STATUSES if self.trains() else ALLOWED_STATUSES + STOPPED_EARLY
         for rank, found in started.exits.items():
-            if found not in ALLOWED_STATUSES:
+            if found not in allowed:
                 log = (self.logs / f"start-{started.number}-rank-{rank}.log").read_text(errors="replace")
                 last = log.strip().rpartition("\n")[2]
                 self.violations.append(f"start {started.number}: rank {rank} ended with status {found}: {last}")
