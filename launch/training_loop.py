@@ -94,7 +94,7 @@ class TrainingLoop:
         saves_locally = due(state.step, options.local_checkpoint_every)
         saves = last or ends_epoch or due(state.step, options.save_every)
         saves |= saves_locally and not self.folder.has_checkpoint  # local checkpoints follow one of the run folder
-        if saves or due(state.step, self.recipe.log.log_every):
+        if saves or saves_locally or due(state.step, self.recipe.log.log_every):
             self.log()
         if state.epoch_step == 0:
             self.metrics.log_epoch_stop(state.step)
@@ -108,7 +108,8 @@ class TrainingLoop:
             self._save_between_steps()
         elif saves_locally:
             with self.preemption.signals.during(Phase.SAVING):
-                self.folder.save_locally(replace(self.state, seconds=self.metrics.seconds))
+                state = replace(self.state, seconds=self.metrics.seconds)
+                self.folder.save_locally(state, metrics=self.metrics.unwritten)
 
     def _mark_end(self) -> None:
         """Stop the clock if training is finished."""

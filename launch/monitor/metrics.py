@@ -172,6 +172,11 @@ class Metrics:
             self._trackers.log_line(kind, values)
             self.print(*self._trackers.messages())
 
+    @property
+    def unwritten(self) -> bytes:
+        """The lines of metrics.jsonl that could not be written so far."""
+        return self._log.unwritten
+
     def restart_interval(self) -> None:
         """Start a new interval, so that the throughput does not include evaluation and saving."""
         self._interval_started = time.perf_counter()

@@ -171,12 +171,16 @@ class RunFolder:
         self.has_checkpoint = True
         return progress
 
-    def save_locally(self, progress: Progress) -> None:
-        """Start to write a local checkpoint in a background thread. Collective. `save_errors` has its errors."""
+    def save_locally(self, progress: Progress, *, metrics: bytes = b"") -> None:
+        """Start to write a local checkpoint in a background thread. Collective. `save_errors` has its errors.
+
+        Args:
+            metrics: lines of metrics.jsonl that could not be written so far.
+        """
         self._writer.wait()
         state = self._engine.state_dict()
         if (local := self._local) is not None:
-            self._writer.run(lambda: local.save(state, progress, self._fingerprint))
+            self._writer.run(lambda: local.save(state, progress, self._fingerprint, metrics=metrics))
 
     def save_and_stop(self, progress: Progress, reason: str) -> NoReturn:
         """Save, wait for the save and end the run by an exception. Collective.

@@ -21,12 +21,16 @@ import fat
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.checkpoint import STATE, Checkpoint, CheckpointError, Fingerprint, read_meta
 from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.files import unwritable
+from launch.run.metrics_file import append_missing
 from launch.run.origin import ORIGIN_NAME
 from launch.run.progress import Progress
 from shards.errors import UserError, about_file
+from shards.files.durable import durable_write
 from shards.files.private_folder import create_private_folder
 
 _REMEDY = "use another --local-checkpoint-dir"
+_METRICS = ".metrics.jsonl"  # after the number of steps done: lines that belong to the checkpoint of this step
 
 
 class LocalCheckpoints:
@@ -82,8 +86,14 @@ class LocalCheckpoints:
         except UserError as error:
             return None, [str(error)]
 
-    def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> None:
+    def save(
+        self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint, *, metrics: bytes = b""
+    ) -> None:
         """Write a local checkpoint, and remove older ones.
+
+        Args:
+            metrics: lines of metrics.jsonl that could not be written so far, for example because the disk is full. They
+                are kept with the checkpoint, because a run that resumes from it does not write them again.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -93,7 +103,33 @@ class LocalCheckpoints:
                 f"{self._user}: the local checkpoint of step {progress.step} is not written; local checkpoints begin "
                 "again after the next checkpoint in the run folder"
             )
+        folder, name = self._folder.folder, f"{progress.step}{_METRICS}"
+        try:
+            if metrics:
+                folder.mkdir(parents=True, exist_ok=True)
+                durable_write(folder / name, metrics)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: local checkpoint not written ({error.strerror})") from error
         self._folder.save(state, progress, fingerprint)
+        for other in folder.glob(f"*{_METRICS}"):
+            if other.name != name:
+                with contextlib.suppress(OSError):
+                    other.unlink()
+
+    def complete_metrics(self, checkpoint: Checkpoint) -> None:
+        """Write the lines of metrics.jsonl that were kept with a checkpoint. Does nothing if it is not a local one.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
+        """
+        try:
+            lines = (checkpoint.path.parent / f"{checkpoint.progress.step}{_METRICS}").read_bytes()
+        except OSError:
+            return  # all had been written
+        try:
+            append_missing(self._run, lines)
+        except OSError as error:
+            raise unwritable(self._run, error) from error
 
     def remove(self) -> None:
         """Remove all local checkpoints of this run, if `attach_to` has checked their folder."""

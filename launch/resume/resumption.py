@@ -127,12 +127,14 @@ class Resumption:
     def carry_out(self, decision: ResumeDecision, found: Checkpoint, state: dict[str, Tensor]) -> list[str]:
         """Return the run to the chosen checkpoint, or copy it from another run; return messages.
 
-        Nothing is done if the start resumes from the newest checkpoint.
+        If the start resumes from the newest checkpoint and it is local, only lines of metrics.jsonl may be written.
 
         Raises:
             UserError: the run folder cannot be written. The next start completes what this one has begun.
         """
         if decision.kind not in ("rewind", "branch"):
+            if self._local is not None:
+                self._local.complete_metrics(found)
             return []
         step, digest = found.progress.step, found.state.xxh3
         origin = Origin(request=decision.request, checkpoint=str(found.path.absolute()), step=step, digest=digest)

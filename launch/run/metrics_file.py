@@ -53,6 +53,11 @@ class MetricsLog:
         self._pending.append(line.encode())
         self._flush(self._path)
 
+    @property
+    def unwritten(self) -> bytes:
+        """The lines that could not be written so far."""
+        return b"".join(self._pending)
+
     def messages(self) -> list[str]:
         """Return messages since the last call."""
         messages, self._messages = self._messages, []
@@ -112,6 +117,20 @@ def _append(handle: int, line: bytes) -> None:
     except OSError:
         os.ftruncate(handle, size)
         raise
+
+
+def append_missing(run: Path, lines: bytes) -> None:
+    """Append the lines that metrics.jsonl does not have.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    handle = open_regular(run / METRICS_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    with open(handle, "rb", closefd=True) as file:
+        written = set(file)
+        for line in lines.splitlines(keepends=True):
+            if line not in written:
+                _append(handle, line)
 
 
 def check_metrics(run: Path) -> None:

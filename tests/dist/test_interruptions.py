@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from launch.resilience.stop_signals import SAME_KEY_PRESS_SECONDS
+from launch.run.metrics_file import final_timeline, read_metrics
 from tests.dist.trainings import TRAIN, Trainer
+from tests.support.disks import fill, small_disk
 from tests.support.launching import lines, python
 from tests.support.runs import OPTIONS, ranks_of, start, status, wait_for_step
 from tests.support.waiting import wait_until
@@ -216,6 +218,39 @@ def test_a_killed_run_resumes_from_a_local_checkpoint_with_the_same_weights(
     assert set(shared) == {1, 8}  # the first one, which the local ones follow, and the last one
     assert max(line["step"] for line in lines(killed, "start")) > 1
     assert list(memory.rglob("step-*")) == []
+
+
+def test_metrics_of_steps_in_which_the_disk_was_full_survive_a_kill(
+    train: Trainer, tmp_path: Path, digits: Path
+) -> None:
+    """The restart resumes from a local checkpoint, so that it does not repeat these steps."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+
+    def local_step() -> int:
+        steps = [int(path.name.removeprefix("step-")) for path in memory.glob("*/*/after-*/step-*")]
+        return max(steps, default=0)
+
+    def written_step() -> int:
+        return int(lines(run, "train")[-1]["step"])
+
+    with small_disk(tmp_path / "disk", "32m") as disk:
+        run = disk / "run"
+        local = ("--log-every", "7", "--local-checkpoint-every", "1", "--local-checkpoint-dir", memory)
+        goal = (*OPTIONS, "--model", "tests.support.models:small_fat", "--data", digits, "--out", run, *local)
+        process = train.start(*goal)
+        wait_for_step(run, 2, process)
+        filler = fill(disk)
+        wait_until(lambda: local_step() >= written_step() + 3)  # the last page of metrics.jsonl had room for some lines
+        train.kill()
+        written = written_step()
+        filler.unlink()
+        done = train(*goal, "--stop-after", str(local_step() + 3))
+        assert done.returncode == 0, done.stderr
+        trained = [line for line in final_timeline(read_metrics(run)) if line["kind"] == "train"]
+        assert lines(run, "start")[-1]["step"] > written
+    assert [line["step"] for line in trained] == list(range(1, len(trained) + 1))
+    assert {line["steps"] for line in trained} == {1}  # also without --log-every 1: a line at each local checkpoint
 
 
 def test_a_killed_run_of_three_ranks_ends_with_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -52,6 +53,42 @@ def test_a_restart_on_the_same_host_resumes_from_the_newer_local_checkpoint(star
     assert resumed.step == 9
     assert messages[-1].startswith(f"resuming from {tmp_path / 'memory'}")
     assert again.newest_step == 4  # from which a start on another host would resume
+
+
+def test_metrics_that_could_not_be_written_are_kept_with_a_local_checkpoint(start: Start, tmp_path: Path) -> None:
+    """The disk of the run folder is full until the run is killed; a restart does not repeat the steps of the lines."""
+    first, metrics = start(), tmp_path / "run" / "metrics.jsonl"
+    crashed(first, shared=4, local=5)
+    metrics.write_bytes(b'{"step": 3}\n{"step": 4}\n')
+    first.save_locally(progress(6), metrics=b'{"step": 5}\n{"step": 6}\n')
+    first.save_locally(progress(7), metrics=b'{"step": 5}\n{"step": 6}\n{"step": 7}\n')
+    assert first._writer.wait()
+    assert len(list((tmp_path / "memory").rglob("*.metrics.jsonl"))) == 1
+    for _ in range(2):  # the second restart finds that they have been written
+        assert start().resume()[0].step == 7
+        assert [json.loads(line) for line in metrics.read_text().splitlines()] == [{"step": n} for n in (3, 4, 5, 6, 7)]
+
+
+def test_metrics_that_were_written_later_are_not_repeated(start: Start, tmp_path: Path) -> None:
+    """The disk was full when the local checkpoint was written, but not any more when the run was killed."""
+    first, metrics = start(), tmp_path / "run" / "metrics.jsonl"
+    crashed(first, shared=4, local=5)
+    first.save_locally(progress(6), metrics=b'{"step": 5}\n{"step": 6}\n')
+    assert first._writer.wait()
+    metrics.write_bytes(b'{"step": 4}\n{"step": 5}\n{"step": 6}\n{"step": 7}\n{"st')
+    assert start().resume()[0].step == 6
+    assert metrics.read_bytes() == b'{"step": 4}\n{"step": 5}\n{"step": 6}\n{"step": 7}\n{"st'
+
+
+def test_a_local_checkpoint_without_unwritten_metrics_changes_nothing(start: Start, tmp_path: Path) -> None:
+    first = start()
+    crashed(first, shared=4, local=5)
+    first.save_locally(progress(6), metrics=b'{"step": 6}\n')
+    first.save_locally(progress(8))
+    assert first._writer.wait()
+    assert list((tmp_path / "memory").rglob("*.metrics.jsonl")) == []
+    assert start().resume()[0].step == 8
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("elsewhere", [5, 7, 12])
