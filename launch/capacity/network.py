@@ -21,8 +21,11 @@ class Topology:
         return self.nodes * self.local
 
     def group(self, size: int) -> Topology:
-        """Return the topology of a group of consecutive ranks."""
-        return Topology(1, size) if size <= self.local else Topology(math.ceil(size / self.local), self.local)
+        """Return the topology of groups of `size` consecutive ranks: that of a group which uses the most nodes."""
+        if self.nodes == 1 or self.local % size == 0:
+            return Topology(1, size)
+        nodes = max(2, math.ceil(size / self.local))
+        return Topology(nodes, math.ceil(size / nodes))
 
 
 class Network(Protocol):

@@ -19,9 +19,10 @@ from launch.capacity.measured import Measured, read_measured
 from launch.capacity.network import LinkNetwork, MeasuredNetwork, Network, Topology
 from launch.capacity.workload import Workload
 from launch.config.engine import ParallelConfig
+from launch.config.errors import RecipeError
 from launch.engine.execution import zero_and_precision
-from launch.engine.sync_batchnorm import syncs_over_ranks
-from pipeline.batch_shape import PlanError
+from launch.engine.sync_batchnorm import group_size, syncs_over_ranks
+from pipeline.batch_shape import PlanError, check_enough_samples
 from pipeline.storage.remote.url import is_remote
 from shards.format.dataset import ShardSet
 from shards.redact import printable, redact
@@ -83,8 +84,9 @@ def plan(options: Capacity) -> Plan:
         reasons = impossible.setdefault(batch, {})
         for nodes in options.node_counts:
             try:
+                _check(sources, cluster.local_ranks * nodes, batch)
                 found.append(predict(cluster, nodes, batch))
-            except PlanError as error:
+            except (PlanError, RecipeError) as error:
                 reasons[nodes] = str(error)
         steps[batch] = tuple(found)
     return Plan(
@@ -99,6 +101,14 @@ def plan(options: Capacity) -> Plan:
     )
 
 
+def _check(sources: _Sources, ranks: int, global_batch: int) -> None:
+    """Raise PlanError or RecipeError where training would, except for the division of the global batch."""
+    options = sources.options
+    check_enough_samples(sources.images, global_batch, world=ranks, micro_batch=options.micro_batch, pairs=True)
+    if syncs_over_ranks(options.sync_bn, ranks, sources.torch_device):
+        group_size(options.sync_bn, ranks)
+
+
 class _Sources:
     """Chooses each figure: an option before a measurement, a measurement before a reference or an assumption."""
 
@@ -109,6 +119,7 @@ class _Sources:
         self.doctor_path = measured.doctor[0] if measured.doctor else None
         self.doctor = measured.doctor[1] if measured.doctor else None
         self.on_gpu = all(bench.on_gpu for _, bench in measured.benches)
+        self.torch_device = torch.device("cuda" if self.on_gpu else "cpu")
         self._check()
         self.local_ranks = options.gpus_per_node or (self.doctor.local_ranks if self.doctor else 8)
         self.images, self.image_bytes, self.classes = self._data()
@@ -142,8 +153,7 @@ class _Sources:
     def cluster(self) -> Cluster:
         options = self.options
         ranks = self.local_ranks * max(options.node_counts)
-        device = torch.device("cuda" if self.on_gpu else "cpu")
-        zero, _ = zero_and_precision(ParallelConfig(zero=options.zero), device, ranks=ranks)
+        zero, _ = zero_and_precision(ParallelConfig(zero=options.zero), self.torch_device, ranks=ranks)
         return Cluster(
             workload=Workload.of(options.spec, size=options.size, classes=self.classes),
             local_ranks=self.local_ranks,
@@ -151,7 +161,7 @@ class _Sources:
             input=self._input(),
             network=self._network(),
             zero=zero,
-            sync_bn=self._sync_bn(ranks, device),
+            sync_bn=self._sync_bn(ranks),
             overlaps=self.on_gpu,
             jitter=self._jitter(),
             micro_batch=options.micro_batch,
@@ -233,9 +243,9 @@ class _Sources:
         self._note("jitter of a step", f"{value:.1%}", kind, source)  # type: ignore[arg-type]
         return value
 
-    def _sync_bn(self, ranks: int, device: torch.device) -> int | None:
+    def _sync_bn(self, ranks: int) -> int | None:
         chosen = ParallelConfig(sync_bn=self.options.sync_bn).sync_bn
-        if not syncs_over_ranks(chosen, ranks, device):
+        if not syncs_over_ranks(chosen, ranks, self.torch_device):
             return None
         return int(chosen.removeprefix("group:")) if chosen.startswith("group:") else 0
 

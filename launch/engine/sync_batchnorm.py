@@ -32,19 +32,12 @@ def convert_sync_batchnorm(model: nn.Module, sync_bn: str, world: World) -> nn.M
         sync_bn: auto, on, off or group:N (`ParallelConfig.sync_bn`).
 
     Raises:
-        RecipeError: there is only one rank, N does not divide the world size, or see `check_batch_norms`.
+        RecipeError: see `group_size` and `check_batch_norms`.
     """
     if not syncs_over_ranks(sync_bn, world.size, world.device):
         return model
-    if world.size == 1:
-        raise RecipeError(f"--sync-bn {sync_bn}: requires several ranks, but there is only one; use auto")
+    size = group_size(sync_bn, world.size)
     check_batch_norms(model, sync_bn, world)
-    size = int(sync_bn.removeprefix("group:")) if sync_bn.startswith("group:") else world.size
-    if world.size % size:
-        raise RecipeError(
-            f"--sync-bn {sync_bn}: {size} does not divide the world size {world.size}; the nearest that do: "
-            f"{nearest(size, divisors(world.size))}"
-        )
     # Separate process groups, because on the communicator that reduces gradients, these small all-reduces would queue
     # behind gradient buckets, and captured collectives (`launch.engine.cuda_graphs`) would mix with eager ones, which
     # NCCL_GRAPH_MIXING_SUPPORT may forbid. Every rank must call `new_group` for every group.
@@ -57,6 +50,23 @@ def convert_sync_batchnorm(model: nn.Module, sync_bn: str, world: World) -> nn.M
 def syncs_over_ranks(sync_bn: str, ranks: int, device: torch.device) -> bool:
     """Return whether BatchNorm statistics are computed over several ranks (resolves `ParallelConfig.sync_bn`)."""
     return sync_bn != "off" and (sync_bn != "auto" or (ranks > 1 and device.type == "cuda"))
+
+
+def group_size(sync_bn: str, ranks: int) -> int:
+    """Return over how many ranks BatchNorm statistics are computed, if `syncs_over_ranks`.
+
+    Raises:
+        RecipeError: there is only one rank, or N of group:N does not divide the number of ranks.
+    """
+    if ranks == 1:
+        raise RecipeError(f"--sync-bn {sync_bn}: requires several ranks, but there is only one; use auto")
+    size = int(sync_bn.removeprefix("group:")) if sync_bn.startswith("group:") else ranks
+    if ranks % size:
+        raise RecipeError(
+            f"--sync-bn {sync_bn}: {size} does not divide the world size {ranks}; the nearest that do: "
+            f"{nearest(size, divisors(ranks))}"
+        )
+    return size
 
 
 def check_batch_norms(model: nn.Module, sync_bn: str, world: World) -> None:

@@ -242,6 +242,26 @@ def test_rates(text: str, rate: float | None) -> None:
         assert parse_rate("--network", text) == pytest.approx(rate)
 
 
+@pytest.mark.parametrize(
+    ("sync_bn", "possible", "reason"),
+    [
+        ("on", (2, 3), "--sync-bn on: requires several ranks"),
+        ("group:2", (2,), "--sync-bn group:2: 2 does not divide the world size 3; the nearest that do: 1 and 3"),
+        ("auto", (1, 2, 3), ""),
+    ],
+)
+def test_groups_of_batch_norm_that_training_rejects(sync_bn: str, possible: tuple[int, ...], reason: str) -> None:
+    found = plan(Capacity(nodes="1,2,3", gpus_per_node=1, global_batch="768", sync_bn=sync_bn))
+    assert tuple(step.nodes for step in found.steps[768]) == possible
+    assert any(reason in text for text in found.impossible[768].values()) == bool(reason)
+
+
+def test_fewer_images_than_a_global_batch(digits: Path) -> None:
+    found = plan(Capacity(data=str(digits), nodes="1", global_batch="1024,2048"))
+    assert found.steps[1024] and not found.steps[2048]
+    assert "1437 training images are fewer than one global batch of 2048" in found.impossible[2048][1]
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 

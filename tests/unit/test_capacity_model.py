@@ -148,6 +148,9 @@ def test_links_of_a_tree_and_of_a_ring() -> None:
 def test_topology_of_groups() -> None:
     assert Topology(4, 8).group(4) == Topology(1, 4)
     assert Topology(4, 8).group(16) == Topology(2, 8)
+    assert Topology(1, 8).group(6) == Topology(1, 6)
+    assert Topology(3, 8).group(6) == Topology(2, 3)  # ranks 6 to 11 are on two nodes
+    assert Topology(3, 8).group(12) == Topology(2, 6)
 
 
 def measured(**changes: Any) -> MeasuredNetwork:
