@@ -120,7 +120,9 @@ class _Pair(BaseModel, strict=True):
     bandwidth: Positive
 
 
-class _Network(BaseModel, strict=True):
+class MeasuredAllReduces(BaseModel, strict=True):
+    """Figures of collectives over all ranks, and of pairs of hosts."""
+
     latency: Positive
     all_reduce: tuple[_AllReduce, ...]
     pairs: tuple[_Pair, ...] = ()
@@ -150,7 +152,7 @@ class Doctor(BaseModel, strict=True):
     findings: tuple[dict[str, Any], ...] = ()
     nodes: Annotated[tuple[_Node, ...], Field(min_length=1)]
     ranks: Annotated[tuple[_Rank, ...], Field(min_length=1)]
-    network: _Network | None
+    network: MeasuredAllReduces | None
 
     @property
     def on_gpu(self) -> bool:
@@ -173,6 +175,11 @@ class Doctor(BaseModel, strict=True):
             if rank.read is not None:
                 per_host[rank.host] = per_host.get(rank.host, 0.0) + rank.read
         return statistics.median(per_host.values()) if per_host else None
+
+    @property
+    def all_reduces(self) -> MeasuredAllReduces | None:
+        """Collectives over several ranks; None: not measured."""
+        return self.network if len(self.ranks) > 1 else None
 
     @property
     def message_latency(self) -> float | None:

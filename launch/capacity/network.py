@@ -100,14 +100,10 @@ class MeasuredNetwork:
     message_latency: float
     """Seconds of a message between nodes."""
     algorithm: Literal["tree", "ring"]
-    single_node: Network | None = None
-    """Predicts collectives within a node, if the measurement was over several nodes."""
 
     def all_reduce(self, size: float, over: Topology) -> float:
         if over.ranks == 1:
             return 0.0
-        if over.nodes == 1 and self.measured.nodes > 1 and self.single_node is not None:
-            return self.single_node.all_reduce(size, over)
         return self._latency(over) + self._transfer(ring_bytes(size, over.ranks))
 
     def _latency(self, over: Topology) -> float:
@@ -126,3 +122,14 @@ class MeasuredNetwork:
             return 0.0
         low, high = next((pair for pair in pairwise(points) if sent <= pair[1][0]), points[-2:])
         return low[1] + (high[1] - low[1]) * (sent - low[0]) / (high[0] - low[0])
+
+
+@dataclass(frozen=True)
+class SplitNetwork:
+    """Collectives within a node and those between nodes, from different sources."""
+
+    within: Network
+    between: Network
+
+    def all_reduce(self, size: float, over: Topology) -> float:
+        return (self.within if over.nodes == 1 else self.between).all_reduce(size, over)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,8 @@ from launch.capacity.compute import StepTimes
 from launch.capacity.cost_model import Cluster, Input, Step, predict, useful_nodes
 from launch.capacity.errors import CapacityError
 from launch.capacity.figures import Figure, Kind
-from launch.capacity.measured import Measured, read_measured
-from launch.capacity.network import LinkNetwork, MeasuredNetwork, Network, Topology
+from launch.capacity.measured import Doctor, Measured, MeasuredAllReduces, read_measured
+from launch.capacity.network import LinkNetwork, MeasuredNetwork, Network, SplitNetwork, Topology
 from launch.capacity.workload import Workload
 from launch.config.engine import ParallelConfig
 from launch.config.errors import RecipeError
@@ -120,8 +120,8 @@ class _Sources:
         self.doctor = measured.doctor[1] if measured.doctor else None
         self.on_gpu = all(bench.on_gpu for _, bench in measured.benches)
         self.torch_device = torch.device("cuda" if self.on_gpu else "cpu")
-        self._check()
         self.local_ranks = options.gpus_per_node or (self.doctor.local_ranks if self.doctor else 8)
+        self._check()
         self.images, self.image_bytes, self.classes = self._data()
         self.device = ""
 
@@ -139,15 +139,15 @@ class _Sources:
                 f"--measured {printable(self.doctor_path)}: its ranks have {kinds[0]}, but those of {of} {kinds[1]}; "
                 "measure both on the machines of the training"
             )
-        if (
-            not self.on_gpu
-            and (self.doctor is None or self.doctor.network is None)
-            and self.options.network is None
-            and max(self.options.node_counts) > 1
-        ):
+        nodes = max(self.options.node_counts)
+        measured = (
+            self.doctor is not None and self.doctor.network is not None and min(nodes, 2) <= len(self.doctor.nodes)
+        )
+        if not self.on_gpu and not measured and self.options.network is None and nodes * self.local_ranks > 1:
+            where = "several nodes" if nodes > 1 else f"a node, with {self.local_ranks} processes"
             raise CapacityError(
                 "--network: neither given nor measured; without GPUs there is no reference for it, so measure it "
-                "with 'pipeline doctor --json doctor.json' on several nodes, or use --network"
+                f"with 'pipeline doctor --json doctor.json' on {where}, or use --network"
             )
 
     def cluster(self) -> Cluster:
@@ -317,38 +317,54 @@ class _Sources:
     # -- network -------------------------------------------------------------------------------------------------------
 
     def _network(self) -> Network:
-        """Return the network that was measured, unless an option sets it."""
-        options, doctor = self.options, self.doctor
-        found = doctor.network if doctor else None
-        if doctor and found and options.network is None and options.network_latency is None:
-            hosts, ranks = len(doctor.nodes), len(doctor.ranks)
-            links = self._links(quiet=hosts > 1 and not self.on_gpu)
-            if hosts == 1 and self.on_gpu:  # it says nothing about the network between nodes
-                self.notes.append(
-                    f"{printable(self.doctor_path)} is of one host: the network between nodes is assumed; run "
-                    "'pipeline doctor' on several nodes"
-                )
-                return links
-            sizes = ", ".join(f"{entry.bytes >> 10:,} KiB {1e3 * entry.seconds:.3g} ms" for entry in found.all_reduce)
-            self._note(
-                f"all-reduce over {ranks} ranks",
-                f"8 bytes {1e3 * found.latency:.3g} ms{', ' if sizes else ''}{sizes}",
-                "measured",
-                self.doctor_path,
-            )
-            return MeasuredNetwork(
-                measured=Topology(hosts, max(1, ranks // hosts)),
-                latency=found.small_all_reduce,
-                points=tuple(sorted((entry.bytes, entry.seconds) for entry in found.all_reduce)),
-                message_latency=doctor.message_latency or reference.NETWORK_LATENCY,
-                algorithm="tree" if self.on_gpu else "ring",
-                single_node=links if self.on_gpu else None,
-            )
-        return self._links()
+        """Return the network that was measured, unless an option sets it.
 
-    def _links(self, *, quiet: bool = False) -> LinkNetwork:
+        On GPUs, a measurement over several nodes is not used within a node, and one within a node not between nodes.
+        """
+        options, doctor = self.options, self.doctor
+        given = options.network is not None or options.network_latency is not None
+        several_nodes = doctor is not None and len(doctor.nodes) > 1
+        if (
+            doctor is None
+            or doctor.all_reduces is None
+            or (given and (several_nodes or not self.on_gpu))
+            or (not several_nodes and options.gpu_network is not None)
+        ):
+            return self._links()
+        if not self.on_gpu:
+            return self._all_reduces(doctor, doctor.all_reduces)
+        if several_nodes:
+            between = self._all_reduces(doctor, doctor.all_reduces)
+            return SplitNetwork(within=self._gpu_links(), between=between)
+        within = self._all_reduces(doctor, doctor.all_reduces)
+        if max(options.node_counts) == 1:
+            return within
+        if options.network is None:
+            self.notes.append(
+                f"{printable(self.doctor_path)} is of one host: the network between nodes is assumed; run "
+                "'pipeline doctor' on several nodes"
+            )
+        return SplitNetwork(within=within, between=self._links())
+
+    def _all_reduces(self, doctor: Doctor, found: MeasuredAllReduces) -> MeasuredNetwork:
+        hosts, ranks = len(doctor.nodes), len(doctor.ranks)
+        sizes = ", ".join(f"{entry.bytes >> 10:,} KiB {1e3 * entry.seconds:.3g} ms" for entry in found.all_reduce)
+        self._note(
+            f"all-reduce over {ranks} ranks",
+            f"8 bytes {1e3 * found.latency:.3g} ms{', ' if sizes else ''}{sizes}",
+            "measured",
+            self.doctor_path,
+        )
+        return MeasuredNetwork(
+            measured=Topology(hosts, max(1, ranks // hosts)),
+            latency=found.small_all_reduce,
+            points=tuple(sorted({entry.bytes: entry.seconds for entry in found.all_reduce}.items())),
+            message_latency=doctor.message_latency or reference.NETWORK_LATENCY,
+            algorithm="tree" if self.on_gpu else "ring",
+        )
+
+    def _links(self) -> LinkNetwork:
         options, nodes = self.options, max(self.options.node_counts)
-        before = len(self.figures)
         between = self._rate("--network", options.network, "network per node")
         if between is None and self.doctor and (between := self.doctor.message_bandwidth) is not None:
             self._note("network per node", _rate_text(between), "measured", self.doctor_path)
@@ -361,24 +377,31 @@ class _Sources:
             latency, kind, source = options.network_latency / 1e6, "given", "--network-latency"
         elif measured is not None:
             latency, kind, source = measured, "measured", str(self.doctor_path)
-        else:
+        elif self.on_gpu:
             latency, kind, source = reference.NETWORK_LATENCY, "assumed", "NCCL's src/graph/tuning.cc"
-        if nodes > 1:
+        else:
+            latency, kind, source = reference.TCP_LATENCY, "assumed", "TCP"
+        if nodes > 1 or not self.on_gpu:
             self._note("latency between nodes", f"{1e6 * latency:,.1f} us", kind, source)  # type: ignore[arg-type]
-        within = self._rate("--gpu-network", options.gpu_network, "links of a GPU")
-        if within is None:
-            within = reference.GPU_NETWORK if self.on_gpu else between
-            if self.local_ranks > 1 and self.on_gpu:
-                self._note("links of a GPU", _rate_text(within), "assumed", "NVLink, NVIDIA's data sheet of the H200")
-        if quiet:
-            del self.figures[before:]
+        if self.on_gpu:
+            return replace(self._gpu_links(), latency=latency, bandwidth=between)
         return LinkNetwork(
-            latency=latency,
-            bandwidth=between,
-            local_latency=reference.GPU_LATENCY if self.on_gpu else latency,
+            latency=latency, bandwidth=between, local_latency=latency, local_bandwidth=between, algorithm="ring"
+        )
+
+    def _gpu_links(self) -> LinkNetwork:
+        """Return the links between the GPUs of a node; the network between nodes is to be replaced."""
+        within = self._rate("--gpu-network", self.options.gpu_network, "links of a GPU")
+        if within is None:
+            within = reference.GPU_NETWORK
+            if self.local_ranks > 1:
+                self._note("links of a GPU", _rate_text(within), "assumed", "NVLink, NVIDIA's data sheet of the H200")
+        return LinkNetwork(
+            latency=reference.GPU_LATENCY,
+            bandwidth=within,
+            local_latency=reference.GPU_LATENCY,
             local_bandwidth=within,
-            base_latency=reference.BASE_LATENCY if self.on_gpu else 0.0,
-            algorithm="tree" if self.on_gpu else "ring",
+            base_latency=reference.BASE_LATENCY,
         )
 
 

@@ -24,6 +24,8 @@ GPU_NETWORK = 450e9
 """Bytes/s of a GPU's links: half of NVLink's 900 GB/s in both directions (NVIDIA's data sheet of the H200)."""
 # Latencies that NCCL itself assumes for trees with the protocol LL (src/graph/tuning.cc: baseLat, hwLat).
 BASE_LATENCY, GPU_LATENCY, NETWORK_LATENCY = 6.8e-6, 0.6e-6, 5e-6
+TCP_LATENCY = 50e-6
+"""Latency of a message with TCP between processes on CPUs: its order of magnitude on Ethernet."""
 
 MEASURED_IN = "NVIDIA H200, benchmarks/results/gpu.json"
 

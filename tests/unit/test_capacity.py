@@ -102,7 +102,7 @@ def test_the_step_includes_what_the_loader_takes_from_it_but_not_waiting(tmp_pat
 def test_decoding_by_cores(tmp_path: Path) -> None:
     """On CPUs in proportion to the cores (160 images/s with 2); on a GPU, one core of each rank launches the step."""
     path = write(tmp_path / "b.json", bench())
-    found = plan(Capacity(nodes="1", gpus_per_node=2, cores_per_node=16, measured=(path,)))
+    found = plan(Capacity(nodes="1", gpus_per_node=2, cores_per_node=16, network="1 GB/s", measured=(path,)))
     assert found.cluster.input.decode == pytest.approx(2 * 160 * 8 / 2)
     cpu = reference.h200().loader_cpu_seconds
     assert plan(Capacity(nodes="1", cores_per_node=16)).cluster.input.decode == pytest.approx(8 * (2 - 1) / cpu)
@@ -145,6 +145,41 @@ def test_a_doctor_of_gpus_on_several_nodes(tmp_path: Path) -> None:
     names = kinds(found)
     assert names["all-reduce over 8 ranks"] == "measured"
     assert names["links of a GPU"] == "assumed"  # of collectives within a node
+
+
+def test_a_doctor_of_gpus_on_one_node_measures_collectives_within_nodes_only(tmp_path: Path) -> None:
+    doctor = write(tmp_path / "doctor.json", healthy(1, local_ranks=2))
+    found = plan(Capacity(nodes="1,2", measured=(doctor,)))
+    within = found.cluster.network.all_reduce(1 << 26, Topology(1, 2))
+    assert within == pytest.approx(1e-3)
+    assert found.cluster.network.all_reduce(1 << 26, Topology(2, 2)) == pytest.approx(1.5 * (1 << 26) / 50e9, rel=0.05)
+    names = kinds(found)
+    assert (names["all-reduce over 2 ranks"], names["network per node"]) == ("measured", "assumed")
+    assert "links of a GPU" in names  # of collectives between nodes
+    assert any("is of one host: the network between nodes is assumed" in note for note in found.notes)
+    alone = plan(Capacity(nodes="1", measured=(doctor,)))
+    assert not any("of one host" in note for note in alone.notes)
+    given = plan(Capacity(nodes="1,2", measured=(doctor,), network="10 Gbit/s", gpu_network="1 GB/s"))
+    assert (kinds(given)["network per node"], kinds(given)["links of a GPU"]) == ("given", "given")
+    assert given.cluster.network.all_reduce(1 << 26, Topology(1, 2)) == pytest.approx((1 << 26) / 1e9, rel=0.01)
+
+
+def test_an_all_reduce_of_one_rank_or_measured_twice_is_not_an_error(tmp_path: Path) -> None:
+    content = json.loads(cpu_doctor(tmp_path / "d.json").read_text())
+    content["network"]["all_reduce"] *= 2
+    files = write(tmp_path / "b.json", bench()), write(tmp_path / "twice.json", content)
+    assert plan(Capacity(nodes="2", global_batch="32", measured=files)).steps[32]
+    one = content | {"nodes": content["nodes"][:1], "ranks": content["ranks"][:1]}
+    files = files[0], write(tmp_path / "one.json", one)
+    with pytest.raises(UserError, match="--network: neither given nor measured"):
+        plan(Capacity(nodes="2", measured=files))
+
+
+def test_the_latency_of_tcp_is_assumed_on_cpus(tmp_path: Path) -> None:
+    path = write(tmp_path / "b.json", bench())
+    found = plan(Capacity(nodes="2", gpus_per_node=1, network="1 GB/s", measured=(path,)))
+    assert next(figure for figure in found.figures if "latency" in figure.name).source == "TCP"
+    assert found.cluster.network.all_reduce(0, Topology(2, 1)) == pytest.approx(2 * reference.TCP_LATENCY)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -210,6 +245,7 @@ def test_wrong_options_are_one_line_errors(options: str, capsys: pytest.CaptureF
 def test_files_that_contradict_each_other(tmp_path: Path) -> None:
     gpu, cpu = write(tmp_path / "gpu.json", bench(gpu=True)), write(tmp_path / "cpu.json", bench())
     doctor, other = cpu_doctor(tmp_path / "d.json"), cpu_doctor(tmp_path / "e.json")
+    one_host = cpu_doctor(tmp_path / "f.json", hosts=1)
     one_rank = write(tmp_path / "one.json", json.loads(doctor.read_text()) | {"network": None})
     for measured, message in (
         ((gpu, doctor), "its ranks have CPUs, but those of bench.json GPUs"),
@@ -218,9 +254,12 @@ def test_files_that_contradict_each_other(tmp_path: Path) -> None:
         ((cpu, doctor, other), "are both of 'pipeline doctor'; use the one with more nodes"),
         ((cpu,), "--network: neither given nor measured"),
         ((cpu, one_rank), "--network: neither given nor measured"),
+        ((cpu, one_host), "'pipeline doctor --json doctor.json' on several nodes, or use --network"),
     ):
         with pytest.raises(UserError, match=message):
             plan(Capacity(measured=measured))
+    with pytest.raises(UserError, match="on a node, with 4 processes, or use --network"):
+        plan(Capacity(nodes="1", gpus_per_node=4, measured=(cpu,)))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +297,8 @@ def test_groups_of_batch_norm_that_training_rejects(sync_bn: str, possible: tupl
 
 def test_fewer_images_than_a_global_batch(digits: Path) -> None:
     found = plan(Capacity(data=str(digits), nodes="1", global_batch="1024,2048"))
-    assert found.steps[1024] and not found.steps[2048]
+    assert found.steps[1024]
+    assert not found.steps[2048]
     assert "1437 training images are fewer than one global batch of 2048" in found.impossible[2048][1]
 
 

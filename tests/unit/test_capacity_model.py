@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launch.capacity.compute import StepTimes, slowest_of
 from launch.capacity.cost_model import Cluster, Input, Step, after_backward, predict, useful_nodes
-from launch.capacity.network import LinkNetwork, MeasuredNetwork, Topology, all_gather
+from launch.capacity.network import LinkNetwork, MeasuredNetwork, SplitNetwork, Topology, all_gather
 from launch.capacity.workload import Bucket, Workload
 from launch.models.specification import ModelSpec
 from pipeline.batch_shape import PlanError
@@ -173,7 +173,7 @@ def test_a_measured_ring_is_extrapolated_to_other_ranks_and_sizes() -> None:
 
 
 def test_a_measured_tree_grows_with_the_doublings_of_nodes() -> None:
-    network = measured(algorithm="tree", single_node=FAST)
+    network = SplitNetwork(within=FAST, between=measured(algorithm="tree"))
     assert network.all_reduce(0, Topology(16, 1)) == pytest.approx(1e-3 + 3 * 2e-4)
     assert network.all_reduce(MB, Topology(1, 8)) == FAST.all_reduce(MB, Topology(1, 8))
 
