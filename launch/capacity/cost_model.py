@@ -96,7 +96,7 @@ def predict(cluster: Cluster, nodes: int, global_batch: int) -> Step:
     on_device = one_pass + norms
     running = max(on_device, launch)
     forward = max(FORWARD * one_pass + NORMS_FORWARD * norms, FORWARD * launch)
-    transfer, exposed = gradient_seconds(cluster, over, backward=running - forward)
+    transfer, exposed = gradient_seconds(cluster, over, backward=running - forward, passes=passes)
     source = cluster.input
     terms: dict[Limit, float] = {
         "decode": global_batch / (nodes * source.decode),
@@ -134,17 +134,24 @@ def storage_seconds(source: Input, nodes: int, images: int) -> float:
     return max(own, read / source.storage_total if source.storage_total else 0.0)
 
 
-def gradient_seconds(cluster: Cluster, over: Topology, *, backward: float) -> tuple[float, float]:
+def gradient_seconds(cluster: Cluster, over: Topology, *, backward: float, passes: int) -> tuple[float, float]:
     """Return (time of the transfer, part of it that follows the backward pass).
 
-    ZeRO 1 and 2 all-reduce the gradients and all-gather the parameters after the backward pass (docs/zero.md).
+    ZeRO 1 and 2 all-reduce the gradients and all-gather the parameters after the backward pass (docs/zero.md). DDP and
+    ZeRO 1 reduce the gradients of a step once, after the last of its `passes`; ZeRO 2 those of every micro-batch,
+    because a rank keeps only its own partition of them.
+
+    Args:
+        backward: time of a backward pass.
+        passes: micro-batches of a step.
     """
     workload, network = cluster.workload, cluster.network
     if over.ranks == 1:
         return 0.0, 0.0
     if cluster.zero:
         size = workload.gradient_bytes
-        transfer = network.all_reduce(size, over) + all_gather(network, size, over)
+        reductions = passes if cluster.zero == 2 else 1
+        transfer = reductions * network.all_reduce(size, over) + all_gather(network, size, over)
         return transfer, transfer
     durations = [network.all_reduce(bucket.size, over) for bucket in workload.buckets]
     transfer = sum(durations)

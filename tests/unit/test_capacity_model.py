@@ -100,6 +100,14 @@ def test_gradients_are_reduced_once_and_norms_in_every_micro_batch() -> None:
     assert micro.terms["compute"] == pytest.approx(whole.terms["compute"])
 
 
+def test_zero_2_reduces_the_gradients_of_every_micro_batch() -> None:
+    """DeepSpeed's stage_1_and_2.py: with partitioned gradients, every backward pass ends with a reduction."""
+    network = LinkNetwork(latency=0, bandwidth=1e9, local_latency=0, local_bandwidth=1e12)
+    one, two = (predict(cluster(network=network, zero=zero, micro_batch=20), 2, 1600) for zero in (1, 2))
+    assert one.terms["gradient all-reduce"] == pytest.approx(0.1875 + 0.09375)
+    assert two.terms["gradient all-reduce"] == pytest.approx(5 * 0.1875 + 0.09375)
+
+
 def test_groups_of_batch_norm_within_a_node_do_not_use_the_network() -> None:
     groups = predict(cluster(network=DISTANT, sync_bn=8), 64, 8 * 64 * 4)
     assert groups.terms["BatchNorm collectives"] == predict(cluster(), 1, 64).terms["BatchNorm collectives"]
