@@ -6,6 +6,7 @@ Only the fields that predictions use are validated; others are ignored, so that 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class _Settings(BaseModel, strict=True):
     ranks: Count = 1
     loader: str = ""
     compile: str = ""
+    """The mode of --compile, followed by details."""
+
+    @property
+    def compile_mode(self) -> str:
+        return re.split(r"[:, ]", self.compile, maxsplit=1)[0]
 
 
 class _Machine(BaseModel, strict=True):
@@ -238,6 +244,12 @@ def read_measured(paths: Sequence[Path], model: str) -> Measured:
                 f"--measured {printable(path)}: measured {printable(bench.machine.device)} at {bench.settings.size} "
                 f"pixels, but {printable(first_path)} {printable(first.machine.device)} at {first.settings.size}; use "
                 "files of one device and size"
+            )
+        mode, first_mode = bench.settings.compile_mode, first.settings.compile_mode
+        if mode != first_mode:
+            raise MeasuredError(
+                f"--measured {printable(path)}: measured with --compile {printable(mode)}, but {printable(first_path)} "
+                f"with {printable(first_mode)}; use files of one mode"
             )
     return Measured(tuple(benches), doctors[0] if doctors else None)
 

@@ -150,6 +150,13 @@ class _Sources:
                 f"with 'pipeline doctor --json doctor.json' on {where}, or use --network"
             )
 
+        if self.doctor and self.doctor.findings:
+            count = len(self.doctor.findings)
+            self.notes.append(
+                f"{printable(self.doctor_path)} has {count} finding{'s' if count != 1 else ''}: the predictions are of "
+                "a cluster with these faults; repair or exclude the hosts, and measure again"
+            )
+
     def cluster(self) -> Cluster:
         options = self.options
         ranks = self.local_ranks * max(options.node_counts)
@@ -201,8 +208,13 @@ class _Sources:
                 "training step", f"{rate:,.0f} images/s at batch {known.batch}", "reference", reference.MEASURED_IN
             )
             self._note("launching a step", f"{1e3 * known.launch_seconds:.1f} ms", "reference", reference.MEASURED_IN)
+            if str(self.options.spec) != known.launch_model:
+                self.notes.append(
+                    f"the time of launching a step was measured with {known.launch_model}: that of "
+                    f"{self.options.spec} is assumed to be as long, but it has fewer layers; add a bench.json"
+                )
             times = StepTimes.of([(known.batch, known.batch / rate)], launch=known.launch_seconds)
-            return self._at_size(times, known.size)
+            return self._checked(times, known.size)
         points, launches = [], []
         for path, bench in self.measured.benches:
             batch, seconds = bench.settings.batch, bench.step_seconds
@@ -215,15 +227,20 @@ class _Sources:
         first = self.measured.benches[0][1]
         self.device = printable(first.machine.device)
         times = StepTimes.of(points, launch=launch)
+        return self._checked(times, first.settings.size)
+
+    def _checked(self, times: StepTimes, measured: int) -> StepTimes:
+        """Return the times for the size of the images; note what was not measured.
+
+        Args:
+            measured: size at which they were measured.
+        """
+        size = self.options.size
         if len(times.points) == 1:
             self.notes.append(
                 f"only batch {times.points[0][0]} was measured: the time of other batches is assumed to be in "
                 "proportion; add a bench.json with the smallest batch per rank"
             )
-        return self._at_size(times, first.settings.size)
-
-    def _at_size(self, times: StepTimes, measured: int) -> StepTimes:
-        size = self.options.size
         if size != measured:
             self.notes.append(
                 f"steps were measured at {measured} pixels: those at {size} are assumed to take a time in proportion "
@@ -281,7 +298,7 @@ class _Sources:
         in proportion to the cores: what it takes from the training is part of the step's time.
         """
         if self.measured.benches:
-            path, bench = self.measured.benches[0]
+            path, bench = max(self.measured.benches, key=lambda entry: (entry[1].settings.batch, entry[1].loader.rate))
             rate, cpu, kind, source = bench.loader.rate, bench.decode_cpu, "measured", str(path)
             own_cores, on_device = bench.rank_cores, "on the GPU" in bench.settings.loader
         else:

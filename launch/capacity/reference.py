@@ -40,6 +40,8 @@ class Reference:
     batch: int
     images_per_second: Mapping[str, float]
     """Training step alone, by model: part `step` or `bench`, CUDA graphs, the fastest."""
+    launch_model: str
+    """Model with which the launching time was measured."""
     launch_seconds: float
     """Time in which the host launches a step with CUDA graphs: part `bench-b3`, with the loader."""
     jitter: float

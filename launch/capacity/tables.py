@@ -32,9 +32,10 @@ def describe(plan: Plan) -> str:
     options, cluster = plan.options, plan.cluster
     engine = f"ZeRO {cluster.zero}" if cluster.zero else "DDP"
     over = {None: "per rank", 0: "over all ranks"}.get(cluster.sync_bn, f"over groups of {cluster.sync_bn} ranks")
-    unit = "GPUs" if cluster.overlaps else "ranks"
+    unit = ("GPU" if cluster.overlaps else "rank") + ("s" if cluster.local_ranks != 1 else "")
+    epochs = f"{options.epochs:,} epoch{'s' if options.epochs != 1 else ''}"
     return (
-        f"{cluster.workload.model}, {options.size} pixels, {options.epochs} epochs of {plan.images:,} images; "
+        f"{cluster.workload.model}, {options.size} pixels, {epochs} of {plan.images:,} images; "
         f"{plan.device}, {cluster.local_ranks} {unit} per node; {engine}, BatchNorm {over}"
     )
 

@@ -20,7 +20,14 @@ def bench(*, model: str = "fat_b0", batch: int = 16, seconds: float = 1.0, gpu: 
     return {
         "verdict": "ignored",
         "machine": {"device": "GPU" if gpu else "CPU", "cpu": "CPU", "cores": 2},
-        "settings": {"model": model, "batch": batch, "size": 224, "ranks": 1, "loader": "dali on CPUs"},
+        "settings": {
+            "model": model,
+            "batch": batch,
+            "size": 224,
+            "ranks": 1,
+            "loader": "dali on CPUs",
+            "compile": "off",
+        },
         "loader": phase | {"rate": 10 * rate},
         "model": phase,
         "both": phase,

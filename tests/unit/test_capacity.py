@@ -17,7 +17,7 @@ from launch.capacity.json_file import to_json
 from launch.capacity.network import Topology
 from launch.capacity.options import Capacity
 from launch.capacity.plan import Plan, plan
-from launch.capacity.tables import show
+from launch.capacity.tables import describe, show
 from launch.cli import main
 from launch.models.specification import Variant
 from shards.errors import UserError
@@ -175,6 +175,34 @@ def test_an_all_reduce_of_one_rank_or_measured_twice_is_not_an_error(tmp_path: P
         plan(Capacity(nodes="2", measured=files))
 
 
+def test_notes_say_what_the_reference_does_not_measure() -> None:
+    for variant, launch in (("b0", True), ("b3", False)):
+        notes = plan(Capacity(variant=variant, nodes="1")).notes  # type: ignore[arg-type]
+        assert any(note.startswith("only batch 256 was measured") for note in notes)
+        assert any("was measured with fat_b3: that of fat_b0 is" in note for note in notes) == launch
+
+
+def test_findings_of_the_doctor_are_noted(tmp_path: Path) -> None:
+    for count, text in ((0, None), (1, "has 1 finding: "), (2, "has 2 findings: ")):
+        content = json.loads(write(tmp_path / "d.json", healthy(2)).read_text()) | {"findings": [{}] * count}
+        notes = plan(Capacity(nodes="1", measured=(write(tmp_path / "d.json", content),))).notes
+        assert any(f"d.json {text}" in note for note in notes) == bool(text)
+
+
+def test_the_loader_of_the_largest_batch_counts_in_any_order(tmp_path: Path) -> None:
+    small, large = (write(tmp_path / f"{batch}.json", bench(batch=batch)) for batch in (16, 64))
+    for measured in ((small, large), (large, small)):
+        found = plan(Capacity(nodes="1", gpus_per_node=1, measured=measured))
+        assert found.cluster.input.decode == pytest.approx(640)
+
+
+@pytest.mark.parametrize(("gpus", "text"), [(1, "H200, 1 GPU per node"), (2, "H200, 2 GPUs per node")])
+def test_the_title_counts(gpus: int, text: str) -> None:
+    title = describe(plan(Capacity(nodes="1", gpus_per_node=gpus, epochs=gpus * 1000)))
+    assert text in title
+    assert f"{gpus},000 epochs of" in title
+
+
 def test_the_latency_of_tcp_is_assumed_on_cpus(tmp_path: Path) -> None:
     path = write(tmp_path / "b.json", bench())
     found = plan(Capacity(nodes="2", gpus_per_node=1, network="1 GB/s", measured=(path,)))
@@ -245,11 +273,15 @@ def test_wrong_options_are_one_line_errors(options: str, capsys: pytest.CaptureF
 def test_files_that_contradict_each_other(tmp_path: Path) -> None:
     gpu, cpu = write(tmp_path / "gpu.json", bench(gpu=True)), write(tmp_path / "cpu.json", bench())
     doctor, other = cpu_doctor(tmp_path / "d.json"), cpu_doctor(tmp_path / "e.json")
+    compiled = bench()
+    compiled["settings"]["compile"] = "default: in the forward pass"
+    compiled_file = write(tmp_path / "compiled.json", compiled)
     one_host = cpu_doctor(tmp_path / "f.json", hosts=1)
     one_rank = write(tmp_path / "one.json", json.loads(doctor.read_text()) | {"network": None})
     for measured, message in (
         ((gpu, doctor), "its ranks have CPUs, but those of bench.json GPUs"),
         ((doctor,), "its ranks have CPUs, but those of the reference"),
+        ((cpu, compiled_file), "measured with --compile default, but .* with off; use files of one mode"),
         ((gpu, cpu), "use files of one device and size"),
         ((cpu, doctor, other), "are both of 'pipeline doctor'; use the one with more nodes"),
         ((cpu,), "--network: neither given nor measured"),

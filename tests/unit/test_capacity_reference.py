@@ -25,6 +25,7 @@ def test_reference_figures_are_the_measured_ones() -> None:
     assert found.device == GPU == bench["machine"]["device"]
     assert (found.size, found.batch) == (step["size"], step["batch"]) == (224, bench["settings"]["batch"])
     assert found.images_per_second == pytest.approx(rates, abs=0.05)
+    assert found.launch_model == f"fat_{bench['settings']['variant']}"
     assert found.launch_seconds == pytest.approx(bench["both"]["host"], rel=5e-3)
     assert found.jitter == pytest.approx(statistics.stdev(times) / statistics.fmean(times), rel=5e-3)
     assert found.loader_images_per_second == pytest.approx(bench["loader"]["rate"], abs=0.05)
