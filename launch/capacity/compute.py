@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import NormalDist
 
+from launch.bench.verdict import HOST_BOUND
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -40,6 +42,14 @@ class StepTimes:
         if images < self.points[0][0]:
             return max(seconds, self.points[0][1] * images / self.points[0][0])
         return seconds
+
+    def launch_bound(self, images: int) -> bool:
+        """Return whether the time for a batch is that of launching it, not that of computing it.
+
+        With only one point this is not known: the host also takes as long as the device if it waits because the queue
+        of launched kernels is full.
+        """
+        return len(self.points) > 1 and self.launch >= HOST_BOUND * self.seconds(images)
 
     def at_size(self, size: int, measured_size: int) -> StepTimes:
         """Return the times for another image size: those of the device are in proportion to the number of pixels."""

@@ -108,13 +108,14 @@ def predict(cluster: Cluster, nodes: int, global_batch: int) -> Step:
     }
     training = passes * running + exposed
     prepared = max(terms["decode"], terms["storage"])
+    computing: Limit = "launch" if cluster.times.launch_bound(shape.micro_rows) else "compute"
     candidates: tuple[Limit, ...]
     if prepared > training:
         candidates = ("decode", "storage")
     elif launch > on_device:
         candidates = ("launch", "gradient all-reduce")
     else:
-        candidates = ("compute", "gradient all-reduce", "BatchNorm collectives")
+        candidates = (computing, "gradient all-reduce", "BatchNorm collectives")
     return Step(
         nodes=nodes,
         ranks=over.ranks,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from launch.bench.verdict import HOST_BOUND
 from launch.capacity import reference
 from launch.capacity.bandwidth import parse_rate
 from launch.capacity.compute import StepTimes
@@ -227,6 +228,12 @@ class _Sources:
         first = self.measured.benches[0][1]
         self.device = printable(first.machine.device)
         times = StepTimes.of(points, launch=launch)
+        batch, seconds = times.points[0]
+        if len(times.points) == 1 and launch >= HOST_BOUND * seconds:
+            self.notes.append(
+                f"launching a step took as long as the step at batch {batch}, perhaps because the queue of the GPU was "
+                "full: smaller batches may be faster than predicted"
+            )
         return self._checked(times, first.settings.size)
 
     def _checked(self, times: StepTimes, measured: int) -> StepTimes:

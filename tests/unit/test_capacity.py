@@ -182,6 +182,14 @@ def test_notes_say_what_the_reference_does_not_measure() -> None:
         assert any("was measured with fat_b3: that of fat_b0 is" in note for note in notes) == launch
 
 
+def test_a_launch_as_long_as_the_step_is_noted(tmp_path: Path) -> None:
+    for host, noted in ((0.95, True), (0.5, False)):
+        figures = bench(gpu=True, batch=256)
+        figures["model"] = figures["both"] = figures["model"] | {"host": host}
+        notes = plan(Capacity(nodes="1", measured=(write(tmp_path / "b.json", figures),))).notes
+        assert any("took as long as the step at batch 256" in note for note in notes) == noted
+
+
 def test_findings_of_the_doctor_are_noted(tmp_path: Path) -> None:
     for count, text in ((0, None), (1, "has 1 finding: "), (2, "has 2 findings: ")):
         content = json.loads(write(tmp_path / "d.json", healthy(2)).read_text()) | {"findings": [{}] * count}

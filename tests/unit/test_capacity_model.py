@@ -60,6 +60,18 @@ def test_each_limit_is_named(limit: str) -> None:
     assert found.seconds >= found.terms[limit] > 0
 
 
+def test_a_measured_step_that_waits_for_its_launch_is_not_limited_by_computing() -> None:
+    """More nodes would not help, as they would if the limit was compute."""
+    points = ((16, 0.017), (256, 0.080))
+    for times, limit in (
+        (StepTimes(points, launch=0.0168), "launch"),
+        (StepTimes(points, launch=0.010), "compute"),
+        (StepTimes(((16, 0.017),), launch=0.0168), "compute"),  # perhaps the queue was full
+    ):
+        assert predict(cluster(times=times), 1, 8 * 16).limit == limit
+        assert predict(cluster(times=times, network=DISTANT), 2, 16 * 16).limit == "BatchNorm collectives"
+
+
 def test_storage_of_each_node_scales_and_that_of_all_nodes_does_not() -> None:
     own = cluster(input=Input(decode=1e9, image_bytes=1e5, storage=1e6))
     total = cluster(input=Input(decode=1e9, image_bytes=1e5, storage_total=1e6))
