@@ -162,8 +162,10 @@ class _Sources:
         options = self.options
         ranks = self.local_ranks * max(options.node_counts)
         zero, _ = zero_and_precision(ParallelConfig(zero=options.zero), self.torch_device, ranks=ranks)
+        modes = {bench.settings.compile_mode for _, bench in self.measured.benches}
+        graphs = self.on_gpu and modes <= {"", "cudagraphs"}  # the default of training on GPUs
         return Cluster(
-            workload=Workload.of(options.spec, size=options.size, classes=self.classes),
+            workload=Workload.of(options.spec, size=options.size, classes=self.classes, graphs=graphs),
             local_ranks=self.local_ranks,
             times=self._times(),
             input=self._input(),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launch.engine.cuda_graphs import modules_by_part
 from launch.engine.sync_batchnorm import batch_norms
 from launch.models.create import create_model, trial
 from launch.models.specification import ModelSpec
@@ -45,8 +46,11 @@ class Workload:
         return GRADIENT_BYTES * self.parameters
 
     @classmethod
-    def of(cls, spec: ModelSpec, *, size: int, classes: int) -> Workload:
+    def of(cls, spec: ModelSpec, *, size: int, classes: int, graphs: bool) -> Workload:
         """Count the model's parameters and operations on the meta device.
+
+        Args:
+            graphs: whether the passes are CUDA graphs (`gradient_buckets`).
 
         Raises:
             UserError: the model cannot be created, or does not support images of this size.
@@ -56,32 +60,51 @@ class Workload:
         return cls(
             model=str(spec),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            buckets=tuple(gradient_buckets(model, size)),
+            buckets=tuple(gradient_buckets(model, size, graphs=graphs)),
             norm_channels=tuple(norm.num_features for norm in batch_norms(model)),
         )
 
 
-def gradient_buckets(model: nn.Module, size: int) -> list[Bucket]:
+def gradient_buckets(model: nn.Module, size: int, *, graphs: bool) -> list[Bucket]:
     """Return DDP's buckets, and when their gradients are ready.
 
     The backward pass is assumed to visit the modules in the reverse order of their registration, and to take a time in
     proportion to their multiply-accumulates.
+
+    Args:
+        graphs: whether the passes are CUDA graphs: DDP gets the gradients of a part of the model when its graph ends.
     """
     modules = list(reversed(_costs(model, size)))
-    total = sum(macs for _, macs in modules) or 1
-    buckets, filled, done = list[Bucket](), 0, 0
-    for sizes, macs in modules:
-        done += macs
-        for parameter in sizes:
+    total = sum(module.macs for module in modules) or 1
+    done, ended = 0, dict[int, float]()
+    for number, module in enumerate(modules):
+        done += module.macs
+        ended[module.part if graphs else number] = done / total
+    buckets, filled = list[Bucket](), 0
+    for number, module in enumerate(modules):
+        ready = ended[module.part if graphs else number]
+        for parameter in module.gradients:
             filled += parameter
             if filled >= (BUCKET if buckets else FIRST_BUCKET):
-                buckets.append(Bucket(filled, done / total))
+                buckets.append(Bucket(filled, ready))
                 filled = 0
     return [*buckets, Bucket(filled, 1.0)] if filled else buckets
 
 
-def _costs(model: nn.Module, size: int) -> list[tuple[list[int], int]]:
-    """Return (bytes of the gradient of each parameter, multiply-accumulates) of each module that has parameters."""
+@dataclass(frozen=True)
+class _Module:
+    """A module that has parameters."""
+
+    gradients: list[int]
+    """Bytes of the gradient of each parameter, in the order of the backward pass."""
+    macs: int
+    """Multiply-accumulates of a forward pass."""
+    part: int
+    """Number of its part of the CUDA graphs."""
+
+
+def _costs(model: nn.Module, size: int) -> list[_Module]:
+    """Return the modules that have parameters, in the order of their registration."""
     macs: dict[nn.Module, int] = {}
 
     def add(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -95,9 +118,15 @@ def _costs(model: nn.Module, size: int) -> list[tuple[list[int], int]]:
             module.register_forward_hook(add)
     with torch.random.fork_rng(devices=[]):
         twin(images)
+    parts = {
+        module: number
+        for number, owners in enumerate(modules_by_part(twin))
+        for owner in owners
+        for module in owner.modules()
+    }
     found = []
     for module in twin.modules():
         own = [GRADIENT_BYTES * p.numel() for p in module.parameters(recurse=False) if p.requires_grad]
         if own:
-            found.append((own[::-1], macs.get(module, 0)))
+            found.append(_Module(own[::-1], macs.get(module, 0), parts[module]))
     return found

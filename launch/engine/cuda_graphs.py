@@ -177,6 +177,11 @@ class _Part(nn.Module):
             return cast(Tensor, functional_call(self, leaves, (x,)))
 
 
+def modules_by_part(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the modules of each part, in the order of the forward pass. A part's gradients are ready all at once."""
+    return [list(part.owners) for part in _parts(model)]
+
+
 def _parts(model: nn.Module) -> list[_Part]:
     if not isinstance(model, FAT):
         return [_Part(model.forward, model)]

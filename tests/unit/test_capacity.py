@@ -190,6 +190,18 @@ def test_a_launch_as_long_as_the_step_is_noted(tmp_path: Path) -> None:
         assert any("took as long as the step at batch 256" in note for note in notes) == noted
 
 
+def test_gradients_are_ready_by_parts_if_the_bench_used_cuda_graphs(tmp_path: Path) -> None:
+    ready = {}
+    for mode in ("off", "cudagraphs: forward and backward of 6 parts"):
+        figures = bench(gpu=True)
+        figures["settings"]["compile"] = mode
+        found = plan(Capacity(nodes="1", measured=(write(tmp_path / "b.json", figures),)))
+        ready[mode] = found.cluster.workload.buckets[0].ready
+    eager, graphs = ready.values()
+    assert graphs > eager
+    assert plan(Capacity(nodes="1")).cluster.workload.buckets[0].ready == graphs
+
+
 def test_findings_of_the_doctor_are_noted(tmp_path: Path) -> None:
     for count, text in ((0, None), (1, "has 1 finding: "), (2, "has 2 findings: ")):
         content = json.loads(write(tmp_path / "d.json", healthy(2)).read_text()) | {"findings": [{}] * count}

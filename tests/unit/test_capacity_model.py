@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.capacity.compute import StepTimes, slowest_of
 from launch.capacity.cost_model import Cluster, Input, Step, after_backward, predict, useful_nodes
 from launch.capacity.network import LinkNetwork, MeasuredNetwork, SplitNetwork, Topology, all_gather
-from launch.capacity.workload import Bucket, Workload
+from launch.capacity.workload import Bucket, Workload, gradient_buckets
 from launch.models.specification import ModelSpec
 from pipeline.batch_shape import PlanError
 
@@ -204,7 +205,7 @@ def test_a_measured_tree_grows_with_the_doublings_of_nodes() -> None:
 @pytest.mark.parametrize(("variant", "layers", "buckets"), [("b0", 35, 2), ("b3", 71, 6)])
 def test_workload_of_fat(variant: Any, layers: int, buckets: int) -> None:
     """Layers as in docs/slurm.md; DDP's all-reduces as counted with B3 (docs/zero.md)."""
-    found = Workload.of(ModelSpec.of_variant(variant), size=224, classes=1000)
+    found = Workload.of(ModelSpec.of_variant(variant), size=224, classes=1000, graphs=False)
     assert len(found.norm_channels) == layers
     assert len(found.buckets) == buckets
     assert sum(bucket.size for bucket in found.buckets) == found.gradient_bytes
@@ -212,6 +213,22 @@ def test_workload_of_fat(variant: Any, layers: int, buckets: int) -> None:
     assert ready == sorted(ready)
     assert 0 < ready[0] < 0.2  # the classifier's gradients are ready first
     assert ready[-1] == 1
+
+
+def test_gradients_of_a_part_are_ready_when_its_cuda_graph_ends() -> None:
+    """B3: the head, then 50 MB of stage 4 (15 % of the operations), and 54 MB of stage 3 (52 %)."""
+    spec = ModelSpec.of_variant("b3")
+    eager, graphs = (Workload.of(spec, size=224, classes=1000, graphs=graphs).buckets for graphs in (False, True))
+    assert [bucket.size for bucket in graphs] == [bucket.size for bucket in eager]
+    assert all(late.ready >= early.ready for late, early in zip(graphs, eager, strict=True))
+    assert [bucket.ready for bucket in graphs] == pytest.approx([0, 0.145, 0.145, 0.665, 0.665, 1], abs=0.01)
+
+
+def test_a_model_that_is_one_cuda_graph_has_its_gradients_at_the_end() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 600_000, 1), torch.nn.Conv2d(600_000, 3, 1)).to("meta")
+    eager, graphs = (gradient_buckets(model, 8, graphs=graphs) for graphs in (False, True))
+    assert [bucket.ready for bucket in eager] == pytest.approx([0.5, 1])
+    assert [bucket.ready for bucket in graphs] == [1, 1]
 
 
 # -- useful nodes ------------------------------------------------------------------------------------------------------
