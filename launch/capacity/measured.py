@@ -27,9 +27,10 @@ SMALL = 1 << 13
 """Bytes of an all-reduce whose time is that of its messages, not of its bytes."""
 EXPECTED = "expected a file of 'pipeline bench --json' or 'pipeline doctor --json'"
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+# Times, rates and counts outside of these ranges are no measurements, and their products may overflow.
+Positive = Annotated[float, Field(ge=1e-12, le=1e15, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1 << 50)]
 
 
 class MeasuredError(UserError):
@@ -39,7 +40,7 @@ class MeasuredError(UserError):
 class _Phase(BaseModel, strict=True):
     rate: Positive
     cpu: NotNegative
-    waiting: Annotated[float, Field(ge=0, lt=1)]
+    waiting: Annotated[float, Field(ge=0, le=1 - 1e-9)]
     host: NotNegative = 0.0
     times: tuple[Positive, ...] = ()
 

@@ -407,7 +407,7 @@ class _Sources:
             latency, kind, source = reference.NETWORK_LATENCY, "assumed", "NCCL's src/graph/tuning.cc"
         else:
             latency, kind, source = reference.TCP_LATENCY, "assumed", "TCP"
-        if nodes > 1 or not self.on_gpu:
+        if nodes > 1 or (not self.on_gpu and self.local_ranks > 1):
             self._note("latency between nodes", f"{1e6 * latency:,.1f} us", kind, source)  # type: ignore[arg-type]
         if self.on_gpu:
             return replace(self._gpu_links(), latency=latency, bandwidth=between)

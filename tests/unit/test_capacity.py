@@ -248,6 +248,8 @@ FILES = {
     "no rate": (json.dumps(without(bench(), "model", "rate")), "model.rate: Field required"),
     "no phase": (json.dumps(without(bench(), "both")), "both: Field required; write it again with 'pipeline bench"),
     "negative": (json.dumps(bench() | {"loader": {"rate": -1.0, "cpu": 0, "waiting": 0}}), "loader.rate: Input should"),
+    "too small": (json.dumps(bench() | {"both": bench()["both"] | {"rate": 1e-300}}), "both.rate: Input should be gre"),
+    "too large": (json.dumps(bench() | {"both": bench()["both"] | {"rate": 1e300}}), "both.rate: Input should be less"),
     "no network": (json.dumps({"nodes": [], "ranks": []}), "write it again with 'pipeline doctor"),
     "another model": (json.dumps(bench(model="fat_b2")), "measured fat_b2, not fat_b0; measure with 'pipeline bench"),
 }
