@@ -111,6 +111,9 @@ def test_gradients_are_reduced_once_and_norms_in_every_micro_batch() -> None:
     assert micro.terms["gradient all-reduce"] == whole.terms["gradient all-reduce"]
     assert micro.terms["BatchNorm collectives"] == pytest.approx(5 * whole.terms["BatchNorm collectives"])
     assert micro.terms["compute"] == pytest.approx(whole.terms["compute"])
+    assert micro.seconds == pytest.approx(
+        micro.terms["compute"] + micro.terms["BatchNorm collectives"] + micro.terms["gradient all-reduce"]
+    )
 
 
 def test_zero_2_reduces_the_gradients_of_every_micro_batch() -> None:
