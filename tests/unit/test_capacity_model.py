@@ -100,6 +100,20 @@ def test_hand_computed_overlap_of_ddp() -> None:
     assert after_backward(buckets, (1.0, 0.0), backward=4.0) == 0.0
 
 
+def test_hand_computed_step_with_ddp() -> None:
+    """The backward pass takes two thirds of 0.1 s; 80 MB are ready after a quarter of it, and take 0.15 s."""
+    network = LinkNetwork(latency=0, bandwidth=1e9, local_latency=0, local_bandwidth=1e12)
+    workload = replace(WORKLOAD, buckets=(Bucket(80 * MB, 0.25), Bucket(20 * MB, 1.0)))
+    found = predict(cluster(network=network, workload=workload, sync_bn=None), 2, 1600)
+    assert found.terms["gradient all-reduce"] == pytest.approx(0.1 / 6 + 0.15 + 0.0375 - 0.2 / 3)
+    assert found.seconds == pytest.approx(0.1 + found.terms["gradient all-reduce"])
+
+
+def test_every_node_decodes() -> None:
+    slow = cluster(input=Input(decode=1000, image_bytes=1e5))
+    assert [predict(slow, nodes, 64).terms["decode"] for nodes in (1, 2)] == pytest.approx([0.064, 0.032])
+
+
 def test_on_cpus_nothing_overlaps() -> None:
     found = predict(cluster(network=SLOW, overlaps=False), 2, 1600)
     assert found.terms["gradient all-reduce"] == found.all_reduce
