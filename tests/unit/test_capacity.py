@@ -14,6 +14,7 @@ from rich.console import Console
 from launch.capacity import reference
 from launch.capacity.bandwidth import parse_rate
 from launch.capacity.json_file import to_json
+from launch.capacity.measured import read_measured
 from launch.capacity.network import Topology
 from launch.capacity.options import Capacity
 from launch.capacity.plan import Plan, plan
@@ -200,6 +201,25 @@ def test_gradients_are_ready_by_parts_if_the_bench_used_cuda_graphs(tmp_path: Pa
     eager, graphs = ready.values()
     assert graphs > eager
     assert plan(Capacity(nodes="1")).cluster.workload.buckets[0].ready == graphs
+
+
+def test_figures_derived_from_measurements(tmp_path: Path) -> None:
+    figures = bench(gpu=True)
+    figures["settings"]["ranks"] = 2
+    figures["model"] = figures["model"] | {"host": 0.3, "times": [90.0, 110.0]}
+    figures["both"] = figures["both"] | {"host": 0.2}
+    doctor = json.loads(write(tmp_path / "d.json", healthy(2, local_ranks=2)).read_text())
+    doctor["nodes"][1]["cores"] = 24
+    files = write(tmp_path / "b.json", figures), tmp_path / "d.json"
+    files[1].write_text(json.dumps(doctor))
+    found = read_measured(files, "fat_b0")
+    (_, measured), path_and_doctor = found.benches[0], found.doctor
+    assert path_and_doctor is not None
+    assert measured.launch_seconds == 0.2  # the queue was full in the other phase
+    assert measured.jitter == pytest.approx(200**0.5 / 100)
+    assert measured.rank_cores == 1
+    assert path_and_doctor[1].cores == 24
+    assert path_and_doctor[1].storage == 2e9  # two ranks of 1 GB/s
 
 
 def test_findings_of_the_doctor_are_noted(tmp_path: Path) -> None:
