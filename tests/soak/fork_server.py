@@ -26,7 +26,7 @@ import tests.soak.rank
 # Libraries that a rank imports when it needs them.
 LIBRARIES = (
     *("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "matplotlib.pyplot"),
-    *("pipeline.decode.dali", "tests.soak.model"),
+    *("pipeline.decode.dali", "tests.support.models"),
 )
 POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1

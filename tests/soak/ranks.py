@@ -17,7 +17,7 @@ FIRST_PORT, PORTS = 21000, 8000
 def options(*, run: Path, data: Path, seed: int, epochs: int, zero: int, feed_process: bool) -> list[str]:
     """Return the options of launch/train.py."""
     values = {
-        "model": "tests.soak.model:tiny", "data": data, "out": run, "size": 32, "augment": "light",
+        "model": "tests.support.models:small_fat", "data": data, "out": run, "size": 32, "augment": "light",
         "global-batch": GLOBAL_BATCH, "epochs": epochs, "warmup-epochs": 0.5, "ema": 0.9, "seed": seed, "zero": zero,
         "log-every": 1, "eval-every": 2, "save-every": SAVE_EVERY, "local-checkpoint-every": LOCAL_EVERY,
         "hang-timeout": HANG_TIMEOUT, "bad-samples": "skip:100", "feed-process": "on" if feed_process else "off",
