@@ -82,3 +82,13 @@ def attribute_loss(lost: int, unsettled: Sequence[Failure]) -> bool:
     if candidates:
         candidates[0].lost_steps += lost
     return bool(candidates)
+
+
+def had_saved(status: str | None, *, trained: bool) -> bool:
+    """Return whether a start has saved all of its steps before it ended.
+
+    Args:
+        status: RUN/status after its end. It is "preempted" also for a start that was stopped before training.
+        trained: whether it has done a step.
+    """
+    return trained and status == "preempted"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from tests.soak.accounting import Failure, attribute_loss, caught_up, settle
+from tests.soak.accounting import Failure, attribute_loss, caught_up, had_saved, settle
 from tests.soak.failures import INJECT, Effect
 from tests.soak.job import TICK_SECONDS, Job, RoundFailed
 from tests.soak.nodes import Node
@@ -124,7 +124,8 @@ class Supervisor(Job):
         if not attribute_loss(lost, unsettled):
             self.violations.append(f"start {start} repeats {lost} steps, but no failure had happened")
         damaged = any(failure.kind == "damaged checkpoint" for failure in unsettled)
-        if self.starts[start - 1].status == "preempted" and not damaged:
+        trained = start - 1 in self._with_steps
+        if had_saved(self.starts[start - 1].status, trained=trained) and not damaged:
             self.violations.append(f"start {start} repeats {lost} steps, although start {start - 1} had saved")
 
     def _undo(self, *, everything: bool = False) -> None:

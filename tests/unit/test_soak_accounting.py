@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.accounting import Failure, attribute_loss, caught_up, settle
+from tests.soak.accounting import Failure, attribute_loss, caught_up, had_saved, settle
 from tests.soak.failures import INJECT
 from tests.soak.records import DoneStep
 from tests.soak.report import Soak
@@ -109,6 +109,12 @@ def test_lost_steps_belong_to_the_failure_that_ended_the_start() -> None:
     assert attribute_loss(2, [stop])
     assert stop.lost_steps == 2
     assert not attribute_loss(2, [])
+
+
+def test_a_start_that_was_stopped_before_training_has_saved_nothing() -> None:
+    assert had_saved("preempted", trained=True)
+    assert not had_saved("preempted", trained=False)
+    assert not had_saved("stalled", trained=True)
 
 
 def result(*failures: Failure, violations: tuple[str, ...] = ()) -> RoundResult:
