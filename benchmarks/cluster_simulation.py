@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from launch.capacity.cost_model import Cluster, predict
-from launch.capacity.network import LinkNetwork
+from launch.capacity.costs.network import LinkNetwork
+from launch.capacity.costs.step import Cluster, predict
 from launch.capacity.options import Capacity
 from launch.capacity.plan import plan
 

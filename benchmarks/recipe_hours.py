@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.capacity.compute import StepTimes
+from launch.capacity.costs.compute import StepTimes
 from launch.capacity.reference import IMAGENET_IMAGES, h200
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from launch.capacity.cost_model import Step
+from launch.capacity.costs.step import Step
 from launch.capacity.plan import Plan
 
 

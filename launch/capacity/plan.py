@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.capacity.cost_model import Cluster, Step, predict, useful_nodes
+from launch.capacity.costs.step import Cluster, Step, predict, useful_nodes
 from launch.capacity.figures import Figure
 from launch.capacity.measured import read_measured
 from launch.capacity.sources import Sources

@@ -11,13 +11,13 @@ import torch
 from launch.bench.verdict import HOST_BOUND
 from launch.capacity import reference
 from launch.capacity.bandwidth import parse_rate
-from launch.capacity.compute import StepTimes
-from launch.capacity.cost_model import Cluster, Input
+from launch.capacity.costs.compute import StepTimes
+from launch.capacity.costs.network import LinkNetwork, MeasuredNetwork, Network, SplitNetwork, Topology
+from launch.capacity.costs.step import Cluster, Input
+from launch.capacity.costs.workload import Workload
 from launch.capacity.errors import CapacityError
 from launch.capacity.figures import Figure, Kind
 from launch.capacity.measured import Doctor, Measured, MeasuredAllReduces
-from launch.capacity.network import LinkNetwork, MeasuredNetwork, Network, SplitNetwork, Topology
-from launch.capacity.workload import Workload
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import zero_and_precision
 from launch.engine.sync_batchnorm import syncs_over_ranks

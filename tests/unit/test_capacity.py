@@ -13,9 +13,9 @@ from rich.console import Console
 
 from launch.capacity import reference
 from launch.capacity.bandwidth import parse_rate
+from launch.capacity.costs.network import Topology
 from launch.capacity.json_file import to_json
 from launch.capacity.measured import read_measured
-from launch.capacity.network import Topology
 from launch.capacity.options import Capacity
 from launch.capacity.plan import Plan, plan
 from launch.capacity.tables import describe, show

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.capacity.compute import StepTimes, slowest_of
-from launch.capacity.cost_model import Cluster, Input, Step, after_backward, predict, useful_nodes
-from launch.capacity.network import LinkNetwork, MeasuredNetwork, SplitNetwork, Topology, all_gather
-from launch.capacity.workload import Bucket, Workload, gradient_buckets
+from launch.capacity.costs.compute import StepTimes, slowest_of
+from launch.capacity.costs.network import LinkNetwork, MeasuredNetwork, SplitNetwork, Topology, all_gather
+from launch.capacity.costs.step import Cluster, Input, Step, after_backward, predict, useful_nodes
+from launch.capacity.costs.workload import Bucket, Workload, gradient_buckets
 from launch.models.specification import ModelSpec
 from pipeline.batch_shape import PlanError
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from launch.capacity.compute import StepTimes, slowest_of
-from launch.capacity.network import Network, Topology, all_gather
-from launch.capacity.workload import STATISTICS_BYTES, Bucket, Workload
+from launch.capacity.costs.compute import StepTimes, slowest_of
+from launch.capacity.costs.network import Network, Topology, all_gather
+from launch.capacity.costs.workload import STATISTICS_BYTES, Bucket, Workload
 from pipeline.batch_shape import BatchShape
 
 Limit = Literal["decode", "storage", "compute", "launch", "gradient all-reduce", "BatchNorm collectives"]
