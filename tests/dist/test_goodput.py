@@ -17,6 +17,7 @@ from tests.support.runs import OPTIONS, start, wait_for_step
 STEPS = 18
 
 
+@pytest.mark.slow
 def test_goodput_of_a_killed_preempted_and_resumed_run(train: Trainer, tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     options = ("--data", digits, "--out", run, "--save-every", "4", "--stop-after", str(STEPS))

@@ -253,6 +253,7 @@ def test_metrics_of_steps_in_which_the_disk_was_full_survive_a_kill(
     assert {line["steps"] for line in trained} == {1}  # also without --log-every 1: a line at each local checkpoint
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_three_ranks_ends_with_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:
     """Of three gradients, unlike of two, the order in which they are added matters."""
     how: dict[str, Any] = {"seed": 1, "steps": 6, "worlds": (3,)}

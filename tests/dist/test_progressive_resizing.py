@@ -99,7 +99,8 @@ def test_recalibration_changes_only_statistics_and_only_at_the_end(
         assert last != other_last
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), pytest.param((1, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 4)])
 def test_a_kill_and_another_world_size_change_neither_batches_nor_weights(
     train: Trainer, tmp_path: Path, digits: Path, worlds: tuple[int, int]
 ) -> None:

@@ -116,7 +116,8 @@ def wait_for_steps(run: Path, steps: int, hosts: SshHosts, process: subprocess.P
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_a_launcher_on_each_host_trains_with_the_batches_of_one_process(
     launcher: str, tmp_path: Path, digits: Path
 ) -> None:

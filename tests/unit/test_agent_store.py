@@ -76,7 +76,7 @@ def test_only_a_store_that_outlives_the_ranks_is_divided() -> None:
 
 
 PROGRAM = """
-import os, signal, torch, torch.distributed as dist
+import os, pathlib, signal, sys, torch, torch.distributed as dist
 from launch.machine.world import connect, disconnect
 world = connect()
 total = torch.ones(())
@@ -85,7 +85,7 @@ restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if restarts < 2 and world.rank == 1 - restarts:
     os.kill(os.getpid(), signal.SIGKILL)
 dist.all_reduce(total)
-print("rank", world.rank, "has", int(total))
+pathlib.Path(sys.argv[1], str(world.rank)).write_text(str(int(total)))
 disconnect()
 """
 
@@ -95,6 +95,6 @@ def test_torchrun_restarts_the_ranks_of_a_machine(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(tmp_path, *torchrun, "--max-restarts", "2", program)
+    done = run(tmp_path, *torchrun, "--max-restarts", "2", program, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["rank 0 has 4", "rank 1 has 4"]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4", "4"]

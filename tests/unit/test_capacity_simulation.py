@@ -21,7 +21,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("limit", "options", "rank_batch"), CASES)
 def test_model_and_simulation_agree(limit: str, options: Capacity, rank_batch: int, nodes: int) -> None:
     found = compare(options, rank_batch, nodes, steps=8, warm_up=3)

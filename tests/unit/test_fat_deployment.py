@@ -101,6 +101,7 @@ def test_exported_program_accepts_any_batch_and_image_size() -> None:
     check_program(with_running_stats(MINI))
 
 
+@pytest.mark.slow
 def test_onnx_accepts_any_batch_and_image_size(tmp_path: Path) -> None:
     check_onnx(with_running_stats(MINI), tmp_path / "m.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]

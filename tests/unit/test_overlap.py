@@ -45,6 +45,7 @@ def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[st
     return calls.total() / STEPS, calls
 
 
+@pytest.mark.slow
 def test_the_training_thread_makes_no_python_calls_per_sample(tmp_path: Path, digits: Path) -> None:
     small, _ = calls_per_step(digits, tmp_path / "small", SMALL)
     large, calls = calls_per_step(digits, tmp_path / "large", LARGE)

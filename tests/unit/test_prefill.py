@@ -122,7 +122,8 @@ def launch_for_real(kind: str) -> None:
     print(json.dumps({"hits": hits, "built": built, "launched": offline.launched}))
 
 
-@pytest.mark.parametrize("kind", ["evaluation", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["evaluation", "training"])
 def test_a_step_finds_all_its_kernels_in_the_cache(kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = [evaluation(block(), IMAGES)]
     if kind == "training":
