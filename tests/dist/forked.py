@@ -12,6 +12,7 @@ answers with the list of their exit statuses (negative: a signal).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -20,11 +21,11 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.support.forking import exit_after, open_answers
 from tests.support.launching import ROOT, environment, free_port
 
 SECONDS = 200.0
@@ -111,8 +112,7 @@ class Launcher:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print to stdout, which is for the answers
+    answers = open_answers()
     modules = {name: importlib.import_module(name) for name in sys.argv[1:]}
     assert threading.active_count() == 1, "threads do not survive a fork"
     for line in sys.stdin:
@@ -121,32 +121,22 @@ def main() -> None:
         for rank in range(launch["ranks"]):
             pid = os.fork()
             if pid == 0:
-                run(modules[launch["module"]], rank, launch)
+                exit_after(functools.partial(run, modules[launch["module"]], rank, launch))
             pids.append(pid)
         print(json.dumps(pids), file=answers, flush=True)
         print(json.dumps(wait(pids)), file=answers, flush=True)
 
 
-def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
-    """Run one rank, and exit."""
-    status = 1
-    try:
-        with open(launch["errors"], "a") as errors:
-            os.dup2(errors.fileno(), 1)
-            os.dup2(errors.fileno(), 2)
-        own, world = str(rank), str(launch["ranks"])
-        os.environ |= {"RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch["port"]), **launch["environment"]}
-        sys.argv = [module.__file__, *launch["arguments"]]
-        status = module.main() or 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(bool(end.code))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def run(module: Any, rank: int, launch: Mapping[str, Any]) -> int | None:
+    """Run one rank; return its exit status."""
+    with open(launch["errors"], "a") as errors:
+        os.dup2(errors.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+    own, world = str(rank), str(launch["ranks"])
+    os.environ |= {"RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch["port"]), **launch["environment"]}
+    sys.argv = [module.__file__, *launch["arguments"]]
+    return module.main()  # type: ignore[no-any-return]
 
 
 def wait(pids: list[int]) -> list[int]:

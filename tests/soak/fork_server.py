@@ -11,17 +11,18 @@ are killed if the server ends.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import select
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import tests.soak.rank
+from tests.support.forking import exit_after, open_answers
 
 # Libraries that a rank imports when it needs them.
 LIBRARIES = (
@@ -33,8 +34,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print to stdout, which is for the answers
+    answers = open_answers()
     for name in LIBRARIES:
         __import__(name)
     assert threading.active_count() == 1, "threads do not survive a fork"
@@ -52,7 +52,7 @@ def main() -> None:
                 start = json.loads(line)
                 pid = os.fork()
                 if pid == 0:
-                    run(start)
+                    exit_after(functools.partial(run, start))
                 print(json.dumps({"pid": pid}), file=answers, flush=True)
         while (ended := reap()) is not None:
             print(json.dumps(ended), file=answers, flush=True)
@@ -67,27 +67,17 @@ def reap() -> dict[str, int] | None:
     return {"pid": pid, "status": os.waitstatus_to_exitcode(status)} if pid else None
 
 
-def run(start: Mapping[str, Any]) -> None:
-    """Run one rank, and exit."""
-    status = 1
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setsid()
-        with open(start["log"], "ab") as log, open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        os.environ |= start["environment"]
-        sys.argv = ["rank.py", *start["arguments"]]
-        status = tests.soak.rank.main() or 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(bool(end.code))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def run(start: Mapping[str, Any]) -> int:
+    """Run one rank; return its exit status."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    with open(start["log"], "ab") as log, open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= start["environment"]
+    sys.argv = ["rank.py", *start["arguments"]]
+    return tests.soak.rank.main()
 
 
 if __name__ == "__main__":
