@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +16,6 @@ from shards.ranges import MAX_BATCH, Batch, ModelSide, check_ranges
 from shards.redact import printable
 
 MAX_NODES = 10_000
-WIDTH_IN_FILE = 120
-"""Width of the tables in a file or a pipe, unless COLUMNS sets another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +105,10 @@ class Capacity:
         return _numbers("--global-batch", self.global_batch, MAX_BATCH)
 
     def run(self) -> int:
-        import os
-
-        from rich.console import Console
-
         from launch.capacity.json_file import to_json
         from launch.capacity.plan import plan
         from launch.capacity.tables import show
+        from shards.table_console import table_console
 
         if self.json is not None:
             check_output(self.json, "--json")
@@ -126,8 +120,7 @@ class Capacity:
 
             write_output(self.json, (json.dumps(to_json(found), indent=1) + "\n").encode(), "--json")
         if not is_standard_output(self.json):
-            width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_IN_FILE
-            show(found, Console(highlight=False, width=width))
+            show(found, table_console())
         return 0
 
 

@@ -7,8 +7,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from launch.doctor.findings import find, hosts_to_exclude
 from launch.doctor.json_file import to_json
 from launch.doctor.measure import COMPLETE, JOIN_TIMEOUT, measure
@@ -19,12 +17,10 @@ from shards.cores import cores
 from shards.errors import UserError, first_line
 from shards.files.output import is_standard_output, write_output
 from shards.progress import Phases
+from shards.table_console import table_console
 
 if TYPE_CHECKING:
     from launch.doctor.options import Doctor
-
-WIDTH_IN_FILE = 120
-"""Width of the tables in a log file or a pipe, such as srun's, unless COLUMNS sets another one."""
 
 
 def run_rank(command: Doctor) -> int:
@@ -56,8 +52,7 @@ def _run(command: Doctor) -> int:
             content = to_json(report, findings, exclude, command.limits)
             write_output(command.json, (json.dumps(content, indent=1) + "\n").encode(), "--json")
         if not is_standard_output(command.json):
-            width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_IN_FILE
-            show(report, findings, exclude, Console(highlight=False, width=width))
+            show(report, findings, exclude, table_console())
             sys.stdout.flush()
     return 1 if findings else 0
 
