@@ -169,6 +169,7 @@ def measure(engine: str, training: tuple[str | Path, ...], cluster: Cluster, run
 
 
 def main(options: Options) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stop SLURM's daemons, as after Ctrl-C
     measured: dict[str, list[Recovery]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recovery-")))
