@@ -66,22 +66,22 @@ demo: $(INSTALLED)  ## convert real digits and train FAT-B0: accuracy, batch.png
 
 test: style test-unit test-dist test-timed test-slurm  ## ruff, mypy, unit tests, documentation, fuzzing, distributed tests, SLURM cluster on this machine
 
-FAST = not gpu and not slow and not timed
+NOT_SLOW = and not slow
 
 # Also mypy, every command and Python example of README and docs, the site, the language of code and pages, and fuzzing.
 # OpenMP threads spin while they wait, which would slow down several processes on few cores.
 test-unit: $(FOR_TESTS)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit tests/docs tests/language tests/fuzz -m "$(FAST)" -n $(TEST_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit tests/docs tests/language tests/fuzz -m "not gpu and not timed $(NOT_SLOW)" -n $(TEST_WORKERS) --dist worksteal
 
 test-dist: $(FOR_TESTS)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "$(FAST)" -n $(TEST_WORKERS) --dist worksteal
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not timed $(NOT_SLOW)" -n $(TEST_WORKERS) --dist worksteal
 
 # Only their files, because collecting all others takes longer than the tests.
 test-timed: $(FOR_TESTS)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $$(grep -rlF mark.timed tests --include=*.py) -m "timed and not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $$(grep -rlF mark.timed tests --include=*.py) -m "timed and not gpu $(NOT_SLOW)"
 
 test-slurm: $(FOR_TESTS) slurm-installed
-	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu $(NOT_SLOW)"
 
 .PHONY: slurm-installed
 slurm-installed:
@@ -89,8 +89,8 @@ slurm-installed:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_NEEDS) >/dev/null; }
 	@export PATH=$$PATH:/usr/sbin; $(HAVE_SLURM) || echo "note: SLURM is missing and its tests will be skipped; to run them, install $(SLURM_NEEDS)"
 
-test-all: style $(FOR_TESTS) slurm-installed  ## all tests, including the slow ones
-	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests -m "not gpu"
+test-all: NOT_SLOW =
+test-all: test   ## all tests, including the slow ones
 
 # Not part of `make test-all`, because it takes an hour on two cores. FILES="pipeline/plan.py ..." selects files.
 mutants: $(FOR_TESTS)  ## mutation testing of the files in tests/mutation/campaign.toml: find code changes that no test detects
