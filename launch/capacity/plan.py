@@ -78,8 +78,8 @@ def plan(options: Capacity) -> Plan:
         cluster=cluster,
         device=sources.device,
         images=sources.images,
-        figures=tuple(sources.figures),
-        notes=tuple(sources.notes),
+        figures=tuple(sources.figures.used),
+        notes=tuple(sources.figures.notes),
         steps=steps,
         impossible=impossible,
     )

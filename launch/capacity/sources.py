@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,14 +9,13 @@ import torch
 
 from launch.bench.verdict import HOST_BOUND
 from launch.capacity import reference
-from launch.capacity.bandwidth import parse_rate
 from launch.capacity.costs.compute import StepTimes
-from launch.capacity.costs.network import LinkNetwork, MeasuredNetwork, Network, SplitNetwork, Topology
 from launch.capacity.costs.step import Cluster, Input
 from launch.capacity.costs.workload import Workload
 from launch.capacity.errors import CapacityError
-from launch.capacity.figures import Figure, Kind
-from launch.capacity.measured import Doctor, Measured, MeasuredAllReduces
+from launch.capacity.figures import Figures, Kind, rate_text
+from launch.capacity.measured import Measured
+from launch.capacity.network_sources import NetworkSources
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import zero_and_precision
 from launch.engine.sync_batchnorm import syncs_over_ranks
@@ -37,8 +35,7 @@ class Sources:
 
     def __init__(self, options: Capacity, measured: Measured) -> None:
         self.options, self.measured = options, measured
-        self.figures: list[Figure] = []
-        self.notes: list[str] = []
+        self.figures = Figures()
         self.doctor_path = measured.doctor[0] if measured.doctor else None
         self.doctor = measured.doctor[1] if measured.doctor else None
         self.on_gpu = all(bench.on_gpu for _, bench in measured.benches)
@@ -75,7 +72,7 @@ class Sources:
 
         if self.doctor and self.doctor.findings:
             count = len(self.doctor.findings)
-            self.notes.append(
+            self.figures.notes.append(
                 f"{printable(self.doctor_path)} has {count} finding{'s' if count != 1 else ''}: the predictions are of "
                 "a cluster with these faults; repair or exclude the hosts, and measure again"
             )
@@ -91,16 +88,20 @@ class Sources:
             local_ranks=self.local_ranks,
             times=self._times(),
             input=self._input(),
-            network=self._network(),
+            network=NetworkSources(
+                options=options,
+                doctor=self.doctor,
+                doctor_path=self.doctor_path,
+                figures=self.figures,
+                local_ranks=self.local_ranks,
+                on_gpu=self.on_gpu,
+            ).network(),
             zero=zero,
             sync_bn=self._sync_bn(ranks),
             overlaps=self.on_gpu,
             jitter=self._jitter(),
             micro_batch=options.micro_batch,
         )
-
-    def _note(self, name: str, text: str, kind: Kind, source: object) -> None:
-        self.figures.append(Figure(name, text, kind, printable(redact(str(source)))))
 
     # -- data and model ------------------------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ class Sources:
             images, classes, kind, source = split.samples, len(dataset.manifest.classes), "measured", location
             stored = split.beton.bytes if split.beton else sum(shard.bytes for shard in split.shards)
             size = stored / images
-        self._note("training images", f"{images:,} of {size / 1e3:,.0f} kB", kind, source)
+        self.figures.add("training images", f"{images:,} of {size / 1e3:,.0f} kB", kind, source)
         return images, size, classes
 
     def _times(self) -> StepTimes:
@@ -129,12 +130,14 @@ class Sources:
         if not self.measured.benches:
             rate = known.images_per_second[str(self.options.spec)]
             self.device = known.device
-            self._note(
+            self.figures.add(
                 "training step", f"{rate:,.0f} images/s at batch {known.batch}", "reference", reference.MEASURED_IN
             )
-            self._note("launching a step", f"{1e3 * known.launch_seconds:.1f} ms", "reference", reference.MEASURED_IN)
+            self.figures.add(
+                "launching a step", f"{1e3 * known.launch_seconds:.1f} ms", "reference", reference.MEASURED_IN
+            )
             if str(self.options.spec) != known.launch_model:
-                self.notes.append(
+                self.figures.notes.append(
                     f"the time of launching a step was measured with {known.launch_model}: that of "
                     f"{self.options.spec} is assumed to be as long, but it has fewer layers; add a bench.json"
                 )
@@ -145,16 +148,16 @@ class Sources:
             batch, seconds = bench.settings.batch, bench.step_seconds
             points.append((batch, seconds))
             launches.append(bench.launch_seconds)
-            self._note("training step", f"{batch / seconds:,.1f} images/s at batch {batch}", "measured", path)
+            self.figures.add("training step", f"{batch / seconds:,.1f} images/s at batch {batch}", "measured", path)
         launch = min(launches)
         if launch:
-            self._note("launching a step", f"{1e3 * launch:.1f} ms", "measured", "bench.json")
+            self.figures.add("launching a step", f"{1e3 * launch:.1f} ms", "measured", "bench.json")
         first = self.measured.benches[0][1]
         self.device = printable(first.machine.device)
         times = StepTimes.of(points, launch=launch)
         batch, seconds = times.points[0]
         if len(times.points) == 1 and launch >= HOST_BOUND * seconds:
-            self.notes.append(
+            self.figures.notes.append(
                 f"launching a step took as long as the step at batch {batch}, perhaps because the queue of the GPU was "
                 "full: smaller batches may be faster than predicted"
             )
@@ -168,12 +171,12 @@ class Sources:
         """
         size = self.options.size
         if len(times.points) == 1:
-            self.notes.append(
+            self.figures.notes.append(
                 f"only batch {times.points[0][0]} was measured: the time of other batches is assumed to be in "
                 "proportion; add a bench.json with the smallest batch per rank"
             )
         if size != measured:
-            self.notes.append(
+            self.figures.notes.append(
                 f"steps were measured at {measured} pixels: those at {size} are assumed to take a time in proportion "
                 "to the number of pixels"
             )
@@ -188,7 +191,7 @@ class Sources:
             value, kind, source = max(bench.jitter for _, bench in self.measured.benches), "measured", "bench.json"
         if not value:  # not measured on CPUs
             return 0.0
-        self._note("jitter of a step", f"{value:.1%}", kind, source)  # type: ignore[arg-type]
+        self.figures.add("jitter of a step", f"{value:.1%}", kind, source)  # type: ignore[arg-type]
         return value
 
     def _sync_bn(self, ranks: int) -> int | None:
@@ -204,7 +207,7 @@ class Sources:
             decode=self._decode(),
             image_bytes=self.image_bytes,
             storage=self._storage(),
-            storage_total=self._rate("--storage-total", self.options.storage_total, "storage of all nodes"),
+            storage_total=self.figures.rate("--storage-total", self.options.storage_total, "storage of all nodes"),
         )
 
     def _cores(self, per_rank: float, kind: Kind, source: object) -> float:
@@ -219,7 +222,7 @@ class Sources:
             cores, kind, source = float(self.doctor.cores), "measured", self.doctor_path
         else:
             cores = per_rank * self.local_ranks
-        self._note("CPU cores per node", f"{cores:g}", kind, source)
+        self.figures.add("CPU cores per node", f"{cores:g}", kind, source)
         return cores / self.local_ranks
 
     def _decode(self) -> float:
@@ -241,117 +244,16 @@ class Sources:
         per_rank = rate if on_device else rate * cores / own_cores
         if self.on_gpu and cpu:
             per_rank = min(per_rank, max(cores - LAUNCHING_CORES, cores / 2) / cpu)
-        self._note("decoding per node", f"{per_rank * self.local_ranks:,.0f} images/s", kind, source)  # type: ignore[arg-type]
+        self.figures.add("decoding per node", f"{per_rank * self.local_ranks:,.0f} images/s", kind, source)  # type: ignore[arg-type]
         return per_rank * self.local_ranks
 
     def _storage(self) -> float | None:
-        given = self._rate("--storage", self.options.storage, "storage per node")
+        given = self.figures.rate("--storage", self.options.storage, "storage per node")
         if given is not None or self.doctor is None or self.doctor.storage is None:
             if given is None and self.options.storage_total is None:
-                self.notes.append(
+                self.figures.notes.append(
                     "storage was neither measured nor given, and is no limit here: 'pipeline doctor SET' measures it"
                 )
             return given
-        self._note("storage per node", _rate_text(self.doctor.storage), "measured", self.doctor_path)
+        self.figures.add("storage per node", rate_text(self.doctor.storage), "measured", self.doctor_path)
         return self.doctor.storage
-
-    def _rate(self, option: str, text: str | None, name: str) -> float | None:
-        if text is None:
-            return None
-        value = parse_rate(option, text)
-        self._note(name, _rate_text(value), "given", option)
-        return value
-
-    # -- network -------------------------------------------------------------------------------------------------------
-
-    def _network(self) -> Network:
-        """Return the network that was measured, unless an option sets it.
-
-        On GPUs, a measurement over several nodes is not used within a node, and one within a node not between nodes.
-        """
-        options, doctor = self.options, self.doctor
-        given = options.network is not None or options.network_latency is not None
-        several_nodes = doctor is not None and len(doctor.nodes) > 1
-        if (
-            doctor is None
-            or doctor.all_reduces is None
-            or (given and (several_nodes or not self.on_gpu))
-            or (not several_nodes and options.gpu_network is not None)
-        ):
-            return self._links()
-        if not self.on_gpu:
-            return self._all_reduces(doctor, doctor.all_reduces)
-        if several_nodes:
-            between = self._all_reduces(doctor, doctor.all_reduces)
-            return SplitNetwork(within=self._gpu_links(), between=between)
-        within = self._all_reduces(doctor, doctor.all_reduces)
-        if max(options.node_counts) == 1:
-            return within
-        if options.network is None:
-            self.notes.append(
-                f"{printable(self.doctor_path)} is of one host: the network between nodes is assumed; run "
-                "'pipeline doctor' on several nodes"
-            )
-        return SplitNetwork(within=within, between=self._links())
-
-    def _all_reduces(self, doctor: Doctor, found: MeasuredAllReduces) -> MeasuredNetwork:
-        hosts, ranks = len(doctor.nodes), len(doctor.ranks)
-        sizes = ", ".join(f"{entry.bytes >> 10:,} KiB {1e3 * entry.seconds:.3g} ms" for entry in found.all_reduce)
-        self._note(
-            f"all-reduce over {ranks} ranks",
-            f"8 bytes {1e3 * found.latency:.3g} ms{', ' if sizes else ''}{sizes}",
-            "measured",
-            self.doctor_path,
-        )
-        return MeasuredNetwork(
-            measured=Topology(hosts, max(1, ranks // hosts)),
-            latency=found.small_all_reduce,
-            points=tuple(sorted({entry.bytes: entry.seconds for entry in found.all_reduce}.items())),
-            message_latency=doctor.message_latency or reference.NETWORK_LATENCY,
-            algorithm="tree" if self.on_gpu else "ring",
-        )
-
-    def _links(self) -> LinkNetwork:
-        options, nodes = self.options, max(self.options.node_counts)
-        between = self._rate("--network", options.network, "network per node")
-        if between is None and self.doctor and (between := self.doctor.message_bandwidth) is not None:
-            self._note("network per node", _rate_text(between), "measured", self.doctor_path)
-        if between is None:
-            between = reference.NETWORK
-            if nodes > 1:
-                self._note("network per node", _rate_text(between), "assumed", "an adapter of 400 Gbit/s")
-        measured = self.doctor.message_latency if self.doctor else None
-        if options.network_latency is not None:
-            latency, kind, source = options.network_latency / 1e6, "given", "--network-latency"
-        elif measured is not None:
-            latency, kind, source = measured, "measured", str(self.doctor_path)
-        elif self.on_gpu:
-            latency, kind, source = reference.NETWORK_LATENCY, "assumed", "NCCL's src/graph/tuning.cc"
-        else:
-            latency, kind, source = reference.TCP_LATENCY, "assumed", "TCP"
-        if nodes > 1 or (not self.on_gpu and self.local_ranks > 1):
-            self._note("latency between nodes", f"{1e6 * latency:,.1f} us", kind, source)  # type: ignore[arg-type]
-        if self.on_gpu:
-            return replace(self._gpu_links(), latency=latency, bandwidth=between)
-        return LinkNetwork(
-            latency=latency, bandwidth=between, local_latency=latency, local_bandwidth=between, algorithm="ring"
-        )
-
-    def _gpu_links(self) -> LinkNetwork:
-        """Return the links between the GPUs of a node; the network between nodes is to be replaced."""
-        within = self._rate("--gpu-network", self.options.gpu_network, "links of a GPU")
-        if within is None:
-            within = reference.GPU_NETWORK
-            if self.local_ranks > 1:
-                self._note("links of a GPU", _rate_text(within), "assumed", "NVLink, NVIDIA's data sheet of the H200")
-        return LinkNetwork(
-            latency=reference.GPU_LATENCY,
-            bandwidth=within,
-            local_latency=reference.GPU_LATENCY,
-            local_bandwidth=within,
-            base_latency=reference.BASE_LATENCY,
-        )
-
-
-def _rate_text(rate: float) -> str:
-    return f"{rate / 1e9:,.3g} GB/s" if rate >= 1e9 else f"{rate / 1e6:,.3g} MB/s"
