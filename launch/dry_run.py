@@ -57,12 +57,15 @@ def show_run(recipe: Recipe, world: World) -> None:
 
 
 def _preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) -> list[str]:
+    messages: list[str] = []
     try:
-        return preview_resume(decision, feed, teacher)
+        messages.extend(preview_resume(decision, feed, teacher))  # keeps those before an error
     except UserError as error:
-        if decision.kind == "newest":  # the folder may be specified only for its measured throughput
-            return [*decision.messages, f"warning: the run cannot resume: {error}"]
-        raise
+        if decision.kind != "newest":
+            raise
+        # The folder may be specified only for its measured throughput.
+        messages.append(f"warning: the run cannot resume: {error}")
+    return messages
 
 
 def describe_run(feed: Feed, model: nn.Module, execution: Execution) -> str:

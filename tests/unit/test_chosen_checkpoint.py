@@ -290,6 +290,31 @@ def test_a_recipe_of_another_run_does_not_choose_a_checkpoint(digits: Path, copy
     assert (recipe.checkpoint.resume, recipe.checkpoint.keep, recipe.optim.epochs) == ("auto", 20, 3)
 
 
+def test_a_dry_run_names_damaged_checkpoints(digits: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def dry_run(*options: object) -> str:
+        assert run(train, *OPTIONS, "--data", digits, "--dry-run", "--out", copy, *options) == 0
+        return capsys.readouterr().out
+
+    def damage(step: int) -> None:
+        (copy / "checkpoints" / f"step-{step:08d}" / "meta.json").write_text("{")
+
+    damage(LAST)
+    skipped = "warning: " + str(copy / "checkpoints" / f"step-{LAST:08d}")
+    said = dry_run(*EPOCHS)
+    assert skipped in said
+    assert f"resuming from {copy / 'checkpoints' / f'step-{LAST - 2:08d}'}, after {LAST - 2} of {LAST} steps" in said
+    said = dry_run("--epochs", "1")
+    assert skipped in said
+    assert "warning: the run cannot resume: " in said
+    for step in range(2, LAST, 2):
+        damage(step)
+    said = dry_run(*EPOCHS)
+    assert said.count("; skipped") == LAST // 2
+    assert f"starting in {copy}, whose checkpoints and metrics would be moved to" in said
+    said = dry_run(*EPOCHS, "--resume", "never")
+    assert "; skipped" not in said
+
+
 def test_a_dry_run_shows_the_checkpoint_and_writes_nothing(
     digits: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

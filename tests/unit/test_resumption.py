@@ -163,8 +163,8 @@ def test_a_branch_whose_checkpoints_are_all_damaged_branches_again(digits: Path,
         with pytest.raises(CheckpointError, match="44: damaged"):
             run_folder(digits, out).resume()
     (tmp_path / "away").rename(copy)
-    preview = preview_resume(decide_resume(out, "auto"), run_folder(digits, out)._feed, None)
-    assert preview[-1].startswith(f"branching from step 44 of {copy}")
+    *_, preview = preview_resume(decide_resume(out, "auto"), run_folder(digits, out)._feed, None)
+    assert preview.startswith(f"branching from step 44 of {copy}")
     run_folder(digits, out)._resumption.choose()  # a start that is killed before it has loaded the checkpoint
     progress, messages = run_folder(digits, out).resume()
     assert progress.step == 44
