@@ -107,9 +107,7 @@ class TrainingLoop:
         if saves:
             self._save_between_steps()
         elif saves_locally:
-            with self.preemption.signals.during(Phase.SAVING):
-                state = replace(self.state, seconds=self.metrics.seconds)
-                self.folder.save_locally(state, metrics=self.metrics.unwritten)
+            self._save_locally()
 
     def _mark_end(self) -> None:
         """Stop the clock if training is finished."""
@@ -126,6 +124,13 @@ class TrainingLoop:
         """Start to write a checkpoint."""
         with self.preemption.signals.during(Phase.SAVING), self.metrics.saving(self.state.step):
             self.state = self.folder.save(replace(self.state, seconds=self.metrics.seconds))
+
+    def _save_locally(self) -> None:
+        """Start to write a local checkpoint."""
+        with self.preemption.signals.during(Phase.SAVING), self.metrics.saving(self.state.step, local=True):
+            state = replace(self.state, seconds=self.metrics.seconds)
+            self.folder.save_locally(state, metrics=self.metrics.unwritten)
+        self.metrics.restart_interval()  # only rank 0 saves, which is not slow because of it
 
     def _save_between_steps(self) -> None:
         self.save()

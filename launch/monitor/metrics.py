@@ -345,11 +345,16 @@ class Metrics:
                 progress.advance(len(batch.ids) * self._world.size)
 
     @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Measure how long a checkpoint blocks training, and write a line about it."""
+    def saving(self, step: int, *, local: bool = False) -> Iterator[None]:
+        """Measure how long a checkpoint blocks training, and write a line about it.
+
+        Args:
+            local: it is a local checkpoint.
+        """
         started = time.perf_counter()
         yield
-        self._write("checkpoint", step=step, seconds=round(time.perf_counter() - started, 4))
+        where = {"local": True} if local else {}
+        self._write("checkpoint", step=step, seconds=round(time.perf_counter() - started, 4), **where)
 
     def log_epoch_stop(self, step: int) -> None:
         """Write a line about the end of an epoch, whose last step has been started."""

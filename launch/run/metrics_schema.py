@@ -182,6 +182,8 @@ class CheckpointSaved(Line):
     step: Count
     seconds: Seconds
     """Time for which training was blocked."""
+    local: bool = False
+    """Whether it is a local checkpoint (`--local-checkpoint-every`)."""
 
 
 class RunStop(Line):
