@@ -85,7 +85,7 @@ class RunFolder:
         )
         self._resumed, self._origins = Progress(), Origins()
         self.has_checkpoint = False
-        """Whether the run folder has a checkpoint, or one is being written; equal on all ranks."""
+        """Whether the run folder has an undamaged checkpoint, or one is being written; equal on all ranks."""
         self.chosen = False
         """Whether this start has returned the run to a checkpoint, or has branched from that of another run."""
 
@@ -115,7 +115,8 @@ class RunFolder:
             if world.is_main:  # the previous trainer may have been killed after it wrote the checkpoint
                 self._writer.save_weights(state, self._resumed)
             resumed = decision.describe(found, self.path)
-            self.has_checkpoint = True
+            undamaged = decision.kind != "newest" or self._resumption.newest is not None
+            self.has_checkpoint = broadcast_from_rank0(lambda: undamaged, world)
         self.chosen = decision.kind in ("rewind", "branch")
         self._origins = broadcast_from_rank0(lambda: read_origins(self.path), world)
         if world.is_main:

@@ -41,6 +41,8 @@ def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) ->
     else:
         found = newest
     yield from check_resume(decision, found, feed, fingerprint(feed.recipe, feed, teacher=teacher))
+    if decision.kind == "newest" and feed.recipe.checkpoint.local_checkpoint_every is not None:
+        yield "a newer local checkpoint on the host of rank 0 would be used instead; a dry run does not look for one"
     yield f"{decision.describe(found, out)}, after {found.progress.step:,} of {feed.last_step:,} steps"
     if decision.kind == "rewind" and is_later(out, checkpoints, found.progress.step):
         later = ", ".join(f"{step:,}" for step in checkpoints.paths() if step > found.progress.step)

@@ -73,22 +73,29 @@ class Resumption:
             return self._checked(decision, *decision.open(), messages)
         newest, skipped = self._checkpoints.newest()
         messages += [f"warning: {message}" for message in skipped]
-        if newest is not None:
-            self.newest = newest.progress
-            return self._checked(decision, *self._newer_local(newest), messages)
+        self.newest = newest.progress if newest is not None else None
+        found, warnings = self._newer_local(newest)
+        if found is not None:
+            return self._checked(decision, found, warnings, messages)
+        messages += warnings
         return self._without_checkpoint(decision, messages, damaged=bool(skipped))
 
-    def _newer_local(self, newest: Checkpoint) -> tuple[Checkpoint, list[str]]:
-        """Return the newest local checkpoint if it is newer than that of the run folder, else that; and warnings."""
-        if self._local is None:
+    def _newer_local(self, newest: Checkpoint | None) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest local checkpoint if it is newer than that of the run folder, else that; and warnings.
+
+        Args:
+            newest: newest undamaged checkpoint of the run folder; None: all are damaged, or there are none.
+        """
+        followed = None if self._local is None else self._checkpoints.newest_described()
+        if self._local is None or followed is None:
             return newest, []
         try:
-            self._local.attach_to(newest.path)
+            self._local.attach_to(followed)
         except UserError as error:
             return newest, [f"warning: {error}"]
         found, skipped = self._local.newest()
-        newer = found is not None and found.progress.step > newest.progress.step
-        return found if found is not None and newer else newest, [f"warning: {message}" for message in skipped]
+        newer = found is not None and (newest is None or found.progress.step > newest.progress.step)
+        return found if newer else newest, [f"warning: {message}" for message in skipped]
 
     def _checked(self, decision: ResumeDecision, found: Checkpoint, warnings: list[str], messages: list[str]) -> Choice:
         changes = check_resume(decision, found, self._feed, self._fingerprint)

@@ -141,6 +141,19 @@ class CheckpointFolder:
                 self._damaged.add(entry.path)
         return None, skipped
 
+    def newest_described(self) -> Path | None:
+        """Return the folder of the newest checkpoint whose meta.json is undamaged, even if its state is damaged.
+
+        Raises:
+            StorageFailed, CheckpointError: see `newest`.
+        """
+        for entry in reversed(self._entries()):
+            if entry.in_place:
+                with contextlib.suppress(DamagedCheckpoint):
+                    read_meta(entry.path, entry.step)
+                    return entry.path
+        return None
+
     def is_empty(self) -> bool:
         """Return whether the folder has no checkpoints, damaged ones included.
 

@@ -329,6 +329,9 @@ def test_a_dry_run_shows_the_checkpoint_and_writes_nothing(
     said = dry_run("--epochs", "4", "--out", copy)
     assert f"resuming from {copy / 'checkpoints' / 'step-00000012'}, after 12 of 16 steps" in said
     assert "the schedule is now cosine over 4 epochs, before cosine over 3 epochs" in said
+    assert "local checkpoint" not in said
+    said = dry_run("--epochs", "4", "--out", copy, "--local-checkpoint-every", "5")
+    assert "a newer local checkpoint on the host of rank 0 would be used instead" in said
     said = dry_run("--epochs", "4", "--out", tmp_path / "new", "--resume", copy)
     assert f"branching from step 12 of {copy / 'checkpoints' / 'step-00000012'} into {tmp_path / 'new'}" in said
     assert dry_run(*EPOCHS, "--out", tmp_path / "new").startswith("dry run of")

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launch.monitor.goodput import SAVING, goodput
 from launch.resume.folder import RunFolder
+from launch.run.metrics_file import read_metrics
 from launch.run.progress import Progress
+from launch.train import main as train
+from tests.support.commands import run
+from tests.support.launching import lines
 from tests.support.run_folder_starts import STEPS, run_folder, save
 
 Start = Callable[..., RunFolder]
@@ -121,13 +127,54 @@ def test_local_checkpoints_are_ignored_after_the_history_has_changed(start: Star
 
 def test_a_damaged_local_checkpoint_is_skipped_with_a_warning(start: Start, tmp_path: Path) -> None:
     crashed(start(), shared=4, local=7)
-    (state,) = (tmp_path / "memory").rglob("state.safetensors")
-    with state.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\xff")
+    damage(tmp_path / "memory")
     resumed, messages = start().resume()
     assert resumed.step == 4
     assert any("step-00000007: damaged (state.safetensors does not match its hash)" in message for message in messages)
+
+
+def damage(folder: Path, name: str = "state.safetensors") -> None:
+    """Change the last byte of the newest file of this name in a folder."""
+    with max(folder.rglob(name)).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_local_checkpoint_is_used_if_the_one_that_it_follows_is_damaged(
+    start: Start, tmp_path: Path, older: bool
+) -> None:
+    """Only its state is damaged: meta.json tells that the local checkpoint follows it."""
+    first, checkpoints = start(), tmp_path / "run" / "checkpoints"
+    first.resume()
+    if older:
+        save(first, 2)
+    save(first, 4)
+    first.save_locally(progress(7))
+    assert first._writer.wait()
+    damage(checkpoints)
+    again = start()
+    resumed, messages = again.resume()
+    assert resumed.step == 7
+    assert messages[-1].startswith(f"resuming from {tmp_path / 'memory'}")
+    assert any("step-00000004: damaged" in message for message in messages)
+    assert again.has_checkpoint == older  # else the next checkpoint is written to the run folder
+    again.save_locally(progress(9))
+    assert again._writer.wait()
+    assert start().resume()[0].step == 9
+    save(again, 11)
+    assert start().resume()[0].step == 11
+
+
+def test_a_local_checkpoint_is_not_used_if_it_is_unknown_what_it_follows(start: Start, tmp_path: Path) -> None:
+    first = start()
+    first.resume()
+    save(first, 2)
+    save(first, 4)
+    first.save_locally(progress(7))
+    assert first._writer.wait()
+    damage(tmp_path / "run" / "checkpoints" / "step-00000004", "meta.json")
+    assert start().resume()[0].step == 2
 
 
 def test_another_run_does_not_use_them(start: Start, tmp_path: Path) -> None:
@@ -196,3 +243,33 @@ def test_local_checkpoints_are_not_used_after_a_second_return_to_the_same_step(s
         folder.save_locally(progress(local))
         assert folder._writer.wait()
     assert start().resume()[0].step == 6
+
+
+def test_the_time_of_a_local_checkpoint_is_not_that_of_training(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise rank 0, which alone copies its state, would be reported as slow."""
+    saved = RunFolder.save_locally
+
+    def slowly(folder: RunFolder, state: Progress, *, metrics: bytes = b"") -> None:
+        time.sleep(3)
+        saved(folder, state, metrics=metrics)
+
+    monkeypatch.setattr(RunFolder, "save_locally", slowly)
+    options = (
+        *("--data", digits, "--out", tmp_path / "run", "--model", "tests.support.models:with_classifier"),
+        *("--size", "32", "--augment", "light", "--compile", "off", "--global-batch", "32", "--classes-subset", "3"),
+        *("--fraction", "0.3", "--epochs", "1", "--log-every", "1", "--local-checkpoint-every", "1"),
+        *("--local-checkpoint-dir", tmp_path),
+    )
+    assert run(train, *options) == 0
+    saves = lines(tmp_path / "run", "checkpoint")
+    assert [(line["step"], line.get("local", False)) for line in saves] == [
+        (1, False),
+        (2, True),
+        (3, True),
+        (4, False),
+    ]
+    assert all(line["seconds"] >= 3 for line in saves[1:3])
+    assert all(line["seconds"] < 3 for line in lines(tmp_path / "run", "train") if line["step"] > 1)
+    assert goodput(read_metrics(tmp_path / "run")).categories[SAVING] >= 6
