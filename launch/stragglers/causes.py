@@ -55,7 +55,11 @@ class _Comparison:
         return self.own(name) - self.others(name)
 
     def explains(self, name: str) -> bool:
-        return self.excess(name) >= EXPLAINED * self._delay
+        return self.is_enough(self.excess(name))
+
+    def is_enough(self, excess: float) -> bool:
+        """Return whether an additional time, as a fraction of the time, explains the delay."""
+        return excess >= EXPLAINED * self._delay
 
     def describe(self, name: str) -> str:
         return f"{self.own(name):.0%} of the time (other ranks: {self.others(name):.0%})"
@@ -93,7 +97,8 @@ def _data(ranks: _Comparison) -> Cause | None:
 
 def _gpu(ranks: _Comparison) -> Cause | None:
     own, others = ranks.own("gpu_milliseconds"), ranks.others("gpu_milliseconds")
-    if not others or own < SLOW_GPU * others:
+    computing = 1 - ranks.own("data") - ranks.own("communication")
+    if not others or own < SLOW_GPU * others or not ranks.is_enough(computing * (1 - others / own)):
         return None
     clock, highest = ranks.own("clock"), ranks.own("max_clock")
     fact = f", its clock is {clock:,.0f} of {highest:,.0f} MHz" if clock else ""

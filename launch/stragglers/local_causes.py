@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from shards.cores import control_groups, cpu_counters
 
@@ -80,7 +80,7 @@ class LocalObserver:
         self._wants_clock = False
         self._clock_at = -CLOCK_SECONDS
         self._ended = False
-        self._delays, self._throttled = dict(delays()), dict(throttled())
+        self._delays, self._uses = dict(delays()), dict(quota_uses())
         self._first = self._last = _Totals(time.monotonic(), faults=_page_faults())
         self._causes = LocalCauses()
         self._thread = threading.Thread(target=self._run, name="straggler-observer", daemon=True)
@@ -138,12 +138,18 @@ class LocalObserver:
 
     def _sample(self) -> None:
         """Add what the counters have increased by. A thread or a control group may be new since the last sample."""
-        before, self._delays, self._throttled = (self._delays, self._throttled), dict(delays()), dict(throttled())
+        before, self._delays, self._uses = (self._delays, self._uses), dict(delays()), dict(quota_uses())
+        now = time.monotonic()
+        throttled = (
+            use.throttled_since(before[1][folder], now - self._last.time)
+            for folder, use in self._uses.items()
+            if folder in before[1]
+        )
         self._last = _Totals(
-            time=time.monotonic(),
+            time=now,
             stopped=self._stopped,
             waiting=self._last.waiting + _largest_increase(before[0], self._delays),
-            throttled=self._last.throttled + _largest_increase(before[1], self._throttled),
+            throttled=self._last.throttled + max(throttled, default=0.0),
             faults=_page_faults(),
         )
 
@@ -212,16 +218,38 @@ def _delay_in(schedstat: bytes) -> float:
     return int(schedstat.split()[1]) / 1e9
 
 
-def throttled() -> Iterator[tuple[Path, float]]:
-    """Yield the seconds for which each control group of this process was throttled by its CPU quota.
+class QuotaUse(NamedTuple):
+    """Seconds since a control group exists, each the sum over all CPUs."""
 
-    cpu.stat has `throttled_usec` (microseconds) in version 2 of control groups, `throttled_time` (nanoseconds) in
-    version 1. Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
+    throttled: float
+    """CPUs were not available to the group because its quota was exhausted."""
+    used: float
+    """CPU time of the group's processes; of this process only if the group has no such counter."""
+
+    def throttled_since(self, earlier: QuotaUse, seconds: float) -> float:
+        """Return the wall time for which a thread of the group was throttled, in an interval of `seconds`.
+
+        The kernel adds up the times of all CPUs on which threads of the group wait. If they use some CPUs for a part of
+        the interval, and wait on the same CPUs for the rest of it, the rest is throttled / (used + throttled).
+        """
+        throttled, used = self.throttled - earlier.throttled, self.used - earlier.used
+        if throttled <= 0:
+            return 0.0
+        return min(throttled, seconds * throttled / (max(0.0, used) + throttled))
+
+
+def quota_uses() -> Iterator[tuple[Path, QuotaUse]]:
+    """Yield the use of each control group of this process.
+
+    cpu.stat has `throttled_usec` and `usage_usec` (microseconds) in version 2 of control groups, `throttled_time`
+    (nanoseconds) in version 1. Source: the kernel's Documentation/admin-guide/cgroup-v2.rst, scheduler/sched-bwc.rst
+    and kernel/sched/fair.c (throttled_time).
     """
     for folder in control_groups():
         with contextlib.suppress(OSError, ValueError):
             found = cpu_counters(folder)
+            used = found["usage_usec"] / 1e6 if "usage_usec" in found else time.process_time()
             if "throttled_usec" in found:
-                yield folder, found["throttled_usec"] / 1e6
+                yield folder, QuotaUse(found["throttled_usec"] / 1e6, used)
             elif "throttled_time" in found:
-                yield folder, found["throttled_time"] / 1e9
+                yield folder, QuotaUse(found["throttled_time"] / 1e9, used)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.stragglers import local_causes
-from launch.stragglers.local_causes import LocalCauses, LocalObserver, gpu_clocks
+from launch.stragglers.local_causes import LocalCauses, LocalObserver, QuotaUse, gpu_clocks
 from tests.support.launching import environment
 from tests.support.slow_ranks import bind, busy_core, cpu_quota, stop_pulses
 
@@ -83,13 +83,34 @@ def test_a_process_notices_that_its_quota_is_exhausted(tmp_path: Path) -> None:
     assert causes.throttled > 0.3
 
 
-@pytest.mark.parametrize(("name", "text"), [("v2", "throttled_usec 1500000"), ("v1", "throttled_time 1500000000")])
+@pytest.mark.parametrize(
+    ("text", "used"),
+    [("usage_usec 2500000\nthrottled_usec 1500000", 2.5), ("throttled_time 1500000000", pytest.approx(0, abs=1e4))],
+    ids=["v2", "v1"],
+)
 def test_the_throttled_time_is_read_in_both_versions_of_control_groups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, used: float
 ) -> None:
     (tmp_path / "cpu.stat").write_text(f"nr_periods 9\nnr_throttled 5\n{text}\n")
     monkeypatch.setattr(local_causes, "control_groups", lambda: iter([tmp_path, tmp_path / "missing"]))
-    assert dict(local_causes.throttled()) == {tmp_path: 1.5}
+    assert dict(local_causes.quota_uses()) == {tmp_path: (1.5, used)}
+
+
+@pytest.mark.parametrize(
+    ("throttled", "used", "expected"),
+    [
+        pytest.param(5.0, 5.0, 5.0, id="one thread, half of the time"),
+        pytest.param(4.0, 156.0, 0.25, id="16 threads, each for 2.5 % of the time"),
+        pytest.param(80.0, 80.0, 5.0, id="16 threads, half of the time"),
+        pytest.param(0.01, 0.01, 0.01, id="a group that is idle most of the time"),
+        pytest.param(0.0, 10.0, 0.0, id="not throttled"),
+        pytest.param(10.0, 0.0, 10.0, id="throttled all the time"),
+    ],
+)
+def test_throttled_time_of_all_cpus_is_converted_to_wall_time(throttled: float, used: float, expected: float) -> None:
+    earlier = QuotaUse(100.0, 1000.0)
+    later = QuotaUse(100.0 + throttled, 1000.0 + used)
+    assert later.throttled_since(earlier, 10.0) == pytest.approx(expected)
 
 
 def test_the_last_causes_are_returned_until_there_are_new_ones() -> None:

@@ -150,6 +150,14 @@ def test_the_cause_is_what_differs_from_the_other_ranks(changes: dict[str, float
     assert fact in found[1]
 
 
+@pytest.mark.parametrize(("milliseconds", "cause"), [(0.15, "slow GPU"), (0.112, "compute")])
+def test_a_slow_gpu_is_the_cause_only_if_it_explains_the_delay(milliseconds: float, cause: str) -> None:
+    """The rank computes for 10 s, and the others for 6 s."""
+    slow = replace(SLOW, stopped=0.0, gpu_milliseconds=milliseconds)
+    ranks = [replace(rank, gpu_milliseconds=0.1) for rank in intervals(2)]
+    assert cause_of(slowest([ranks[0], slow, *ranks[2:]]))[0] == cause
+
+
 def test_what_all_ranks_have_in_common_is_not_the_cause() -> None:
     assert cause_of(slowest([replace(rank, waiting_for_core=0.5) for rank in intervals(2)]))[0] == "stopped"
 
