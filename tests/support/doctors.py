@@ -35,7 +35,7 @@ def rank(number: int, *, local_ranks: int = 2) -> RankReport:
     """Return a GPU without faults."""
     return RankReport(
         rank=number, host=f"n{number // local_ranks}", device=f"cuda:{number % local_ranks}", device_name="NVIDIA H200",
-        gpu=GPU, matmul=700e12, copy=3.9e12, read=1e9, decode=2000.0,
+        gpu=GPU, matmul=700e12, copy=3.9e12, cpu_received=1.0, read=1e9, decode=2000.0,
     )  # fmt: skip
 
 

@@ -91,6 +91,14 @@ FAULTS = {
         with_rank(ON_CPUS, 1, cpu_received=0.7, throttled=0.9),
         ("cpu-quota", "n0 rank 1 (cpu, EPYC): its CPU quota stops it: its threads ran in 70% of the time"),
     ),
+    "CPU quota of a rank with a GPU": (
+        with_rank(JOB, 1, cpu_received=0.7, throttled=0.9),
+        ("cpu-quota", "n0 rank 1 (cuda:1, NVIDIA H200): its CPU quota stops it: its threads ran in 70% of the time"),
+    ),
+    "other processes on the cores of a rank with a GPU": (
+        with_rank(JOB, 1, cpu_received=0.4),
+        ("cpu-load", "n0 rank 1 (cuda:1, NVIDIA H200): other processes use its CPU cores: its threads ran in 40%"),
+    ),
     "other processes": (
         with_rank(ON_CPUS, 1, cpu_received=0.4),
         ("cpu-load", "n0 rank 1 (cpu, EPYC): other processes use its CPU cores: its threads ran in 40% of the time"),

@@ -119,6 +119,15 @@ def test_the_speed_of_a_thread_does_not_depend_on_the_number_of_threads_that_run
     assert many.matmul > 5 * cores() * few.matmul
 
 
+def test_a_rank_with_a_gpu_measures_its_cpu_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU itself is replaced: ten threads on each core wait most of the time."""
+    monkeypatch.setattr(device, "_measure_gpu", lambda *_: device.DeviceSpeed(matmul=1.0, copy=2.0))
+    found = measure_device(torch.device("cuda", 0), threads=10 * cores(), seconds=0.6)
+    assert (found.matmul, found.copy) == (1.0, 2.0)
+    assert found.cpu_received is not None
+    assert found.cpu_received < 0.5
+
+
 def test_a_thread_that_fails_does_not_leave_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(10))
 

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,12 +41,17 @@ class DeviceSpeed:
 
 
 def measure_device(device: torch.device, *, threads: int, seconds: float) -> DeviceSpeed:
-    """Measure a device for about two times `seconds`.
+    """Measure a CPU for about two times `seconds`, or a GPU and the CPU time of its rank for about three times.
 
     Args:
-        threads: number of CPU threads, if the device is a CPU.
+        threads: number of CPU threads.
     """
-    return _measure_gpu(device, seconds) if device.type == "cuda" else _measure_cpu(threads, seconds)
+    # First, because all ranks of a host begin at the same time: together they use the cores of the host.
+    cpu = _measure_multiplication(threads, seconds)
+    if device.type == "cuda":
+        return replace(_measure_gpu(device, seconds), cpu_received=cpu.received, throttled=cpu.throttled)
+    copy, _ = _cpu_rate(_copy, min(threads, MAX_COPY_THREADS), seconds)
+    return DeviceSpeed(matmul=cpu.rate, copy=copy, cpu_received=cpu.received, throttled=cpu.throttled)
 
 
 def _measure_gpu(device: torch.device, seconds: float) -> DeviceSpeed:
@@ -102,15 +107,23 @@ def _gpu_rate(
     return statistics.median(rates)
 
 
-def _measure_cpu(threads: int, seconds: float) -> DeviceSpeed:
+@dataclass(frozen=True)
+class _CpuMultiplication:
+    rate: float
+    """FLOP/s."""
+    received: float
+    throttled: float | None
+    """See `RankReport`."""
+
+
+def _measure_multiplication(threads: int, seconds: float) -> _CpuMultiplication:
     before = quota_periods()
-    matmul, received = _cpu_rate(_multiplication, threads, seconds)
+    rate, received = _cpu_rate(_multiplication, threads, seconds)
     after = quota_periods()
-    copy, _ = _cpu_rate(_copy, min(threads, MAX_COPY_THREADS), seconds)
     throttled = None
     if before is not None and after is not None:
         throttled = (after.throttled - before.throttled) / max(after.periods - before.periods, 1)
-    return DeviceSpeed(matmul=matmul, copy=copy, cpu_received=received, throttled=throttled)
+    return _CpuMultiplication(rate, received, throttled)
 
 
 def _multiplication() -> tuple[Callable[[], object], float]:

@@ -76,8 +76,8 @@ class RankReport:
     copy: float | None = None
     """Memory bandwidth of a copy in bytes/s: bytes read plus bytes written."""
     cpu_received: float | None = None
-    """CPU time of the measuring threads, as a fraction of their wall time. Less than 1: a CPU quota or other processes
-    stop them. None on a GPU."""
+    """CPU time of threads that multiply matrices on the CPU cores of the rank, as a fraction of their wall time. Less
+    than 1: a CPU quota or other processes stop them."""
     throttled: float | None = None
     """Fraction of the CPU quota's periods in which it stopped the process; None without a quota."""
     read: float | None = None
