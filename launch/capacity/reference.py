@@ -40,6 +40,8 @@ class Reference:
     batch: int
     images_per_second: Mapping[str, float]
     """Training step alone, by model: part `step` or `bench`, CUDA graphs, the fastest."""
+    training_images_per_second: Mapping[str, float]
+    """Training while batches are ready, by model: `both` of part `bench`; models without this part are missing."""
     launch_model: str
     """Model with which the launching time was measured."""
     launch_seconds: float
@@ -52,6 +54,14 @@ class Reference:
     """CPU seconds per image: benchmarks/cores_per_gpu.py, JPEG engine."""
     cores: int
     """CPU cores per GPU of that machine."""
+
+    def step_rate(self, model: str) -> float:
+        """Return the images/s of a training step as `Bench.step_seconds` does: with what the loader takes from it.
+
+        Of a model whose training was not measured, it is the rate of the model alone.
+        """
+        alone = self.images_per_second[model]
+        return min(alone, self.training_images_per_second.get(model, alone))
 
 
 @cache

@@ -128,7 +128,8 @@ class Sources:
     def _times(self) -> StepTimes:
         known = reference.h200()
         if not self.measured.benches:
-            rate = known.images_per_second[str(self.options.spec)]
+            model = str(self.options.spec)
+            rate = known.step_rate(model)
             self.device = known.device
             self.figures.add(
                 "training step", f"{rate:,.0f} images/s at batch {known.batch}", "reference", reference.MEASURED_IN
@@ -136,10 +137,15 @@ class Sources:
             self.figures.add(
                 "launching a step", f"{1e3 * known.launch_seconds:.1f} ms", "reference", reference.MEASURED_IN
             )
-            if str(self.options.spec) != known.launch_model:
+            if model not in known.training_images_per_second:
                 self.figures.notes.append(
-                    f"the time of launching a step was measured with {known.launch_model}: that of "
-                    f"{self.options.spec} is assumed to be as long, but it has fewer layers; add a bench.json"
+                    f"of {model}, only the model alone was measured: in training, the kernels of the loader make its "
+                    "step longer; add a bench.json"
+                )
+            if model != known.launch_model:
+                self.figures.notes.append(
+                    f"the time of launching a step was measured with {known.launch_model}: that of {model} is assumed "
+                    "to be as long, but it has fewer layers; add a bench.json"
                 )
             times = StepTimes.of([(known.batch, known.batch / rate)], launch=known.launch_seconds)
             return self._checked(times, known.size)
