@@ -1,4 +1,4 @@
-"""Simulate training steps on a cluster by discrete events, to check the cost model of `pipeline capacity`.
+"""Check the cost model of `pipeline capacity` with a discrete-event simulation of training steps on a cluster.
 
     python benchmarks/cluster_simulation.py [--out benchmarks/results/capacity_simulation.json]
 

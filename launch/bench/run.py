@@ -21,6 +21,7 @@ from launch.engine.build import build_model
 from launch.engine.engine import Engine
 from launch.feed import Feed
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
+from launch.machine.world import World
 from launch.monitor.roofline import Roofline
 from launch.teacher import load_teacher
 from pipeline.decode.choose import resolve_loader
@@ -92,7 +93,7 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any], p
     paths = measure_paths(feed, dtype=engine.input_dtype, steps=steps)
     progress.begin("computing the roofline")
     return Figures(
-        machine=_machine(device, cores),
+        machine=describe_machine(feed.world, cores),
         settings={
             "model": str(recipe.model.spec),
             "batch": batch,
@@ -150,11 +151,17 @@ def _memory(device: torch.device) -> dict[str, int]:
     return {"torch_peak": torch.cuda.max_memory_reserved(device), "in_use": total - free, "total": total}
 
 
-def _machine(device: torch.device, cores: int) -> dict[str, Any]:
+def describe_machine(world: World, cores: int) -> dict[str, Any]:
+    """Describe the machine of the measured rank.
+
+    Args:
+        cores: CPU cores that the process may use: with several ranks, at most those of the NUMA node of its GPU.
+    """
     return {
-        "device": device_name(device),
+        "device": device_name(world.device),
         "cpu": cpu_name(),
         "cores": cores,
+        "rank_cores": world.cores,
         "torch_threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "versions": versions(),

@@ -56,6 +56,8 @@ class _Settings(BaseModel, strict=True):
     size: Count
     ranks: Count = 1
     loader: str = ""
+    engine: str = ""
+    """'DeepSpeed ZeRO-N' or 'plain data parallel', followed by the precision."""
     compile: str = ""
     """The mode of --compile, followed by details."""
 
@@ -63,10 +65,18 @@ class _Settings(BaseModel, strict=True):
     def compile_mode(self) -> str:
         return re.split(r"[:, ]", self.compile, maxsplit=1)[0]
 
+    @property
+    def zero(self) -> int | None:
+        """The ZeRO stage; None: not recorded."""
+        stage = re.search(r"ZeRO-([1-3])", self.engine)
+        return int(stage[1]) if stage else 0 if self.engine else None
+
 
 class _Machine(BaseModel, strict=True):
     device: str
     cores: Count
+    rank_cores: Count | None = None
+    """CPU cores of the measured rank; None: written by a version that did not record it."""
 
 
 class Bench(BaseModel, strict=True):
@@ -102,7 +112,7 @@ class Bench(BaseModel, strict=True):
 
     @property
     def rank_cores(self) -> float:
-        return max(1.0, self.machine.cores / self.settings.ranks)
+        return float(self.machine.rank_cores or max(1.0, self.machine.cores / self.settings.ranks))
 
     @property
     def decode_cpu(self) -> float:

@@ -15,6 +15,7 @@ from launch.capacity.costs.workload import Workload
 from launch.capacity.errors import CapacityError
 from launch.capacity.figures import Figures, Kind, rate_text
 from launch.capacity.measured import Measured
+from launch.capacity.measured_configuration import differences
 from launch.capacity.network_sources import NetworkSources
 from launch.config.engine import ParallelConfig
 from launch.engine.execution import zero_and_precision
@@ -44,6 +45,7 @@ class Sources:
         self._check()
         self.images, self.image_bytes, self.classes = self._data()
         self.device = ""
+        self.rank_cores = 0.0
 
     def _check(self) -> None:
         spec, reference_models = self.options.spec, reference.h200().images_per_second
@@ -83,7 +85,7 @@ class Sources:
         zero, _ = zero_and_precision(ParallelConfig(zero=options.zero), self.torch_device, ranks=ranks)
         modes = {bench.settings.compile_mode for _, bench in self.measured.benches}
         graphs = self.on_gpu and modes <= {"", "cudagraphs"}  # the default of training on GPUs
-        return Cluster(
+        cluster = Cluster(
             workload=Workload.of(options.spec, size=options.size, classes=self.classes, graphs=graphs),
             local_ranks=self.local_ranks,
             times=self._times(),
@@ -102,6 +104,16 @@ class Sources:
             jitter=self._jitter(),
             micro_batch=options.micro_batch,
         )
+        self.figures.notes.extend(
+            differences(
+                self.measured.benches,
+                zero=zero,
+                local_ranks=self.local_ranks,
+                rank_cores=self.rank_cores,
+                cores_known=options.cores_per_node is not None or self.doctor is not None,
+            )
+        )
+        return cluster
 
     # -- data and model ------------------------------------------------------------------------------------------------
 
@@ -229,7 +241,8 @@ class Sources:
         else:
             cores = per_rank * self.local_ranks
         self.figures.add("CPU cores per node", f"{cores:g}", kind, source)
-        return cores / self.local_ranks
+        self.rank_cores = cores / self.local_ranks
+        return self.rank_cores
 
     def _decode(self) -> float:
         """Return the images/s that a node prepares.
@@ -261,5 +274,12 @@ class Sources:
                     "storage was neither measured nor given, and is no limit here: 'pipeline doctor SET' measures it"
                 )
             return given
-        self.figures.add("storage per node", rate_text(self.doctor.storage), "measured", self.doctor_path)
-        return self.doctor.storage
+        rate, hosts, nodes = self.doctor.storage, len(self.doctor.nodes), max(self.options.node_counts)
+        self.figures.add("storage per node", rate_text(rate), "measured", self.doctor_path)
+        if nodes > hosts and self.options.storage_total is None:
+            at_once = f"{hosts} nodes at the same time" if hosts > 1 else "1 node"
+            self.figures.notes.append(
+                f"storage was measured with {at_once}: for {nodes:,} nodes, {rate_text(nodes * rate)} in total are "
+                "assumed; set --storage-total to the rate of a shared file system"
+            )
+        return rate

@@ -20,7 +20,7 @@ from PIL import Image
 from launch.bench.chart import draw
 from launch.bench.one_rank import one_rank
 from launch.bench.phases import compare, predict
-from launch.bench.run import _reading
+from launch.bench.run import _reading, describe_machine
 from launch.bench.verdict import Figures, Phase, bottleneck
 from launch.cli import main as pipeline
 from launch.config.command_line import parse
@@ -318,3 +318,10 @@ def test_the_loader_does_not_run_out_of_batches_on_a_small_set(digits: Path) -> 
         assert feed.plan.steps_per_epoch == 2
         with feed.train_loader(step=0, dtype=torch.float32) as loader:
             assert [next(loader).position.epoch for _ in range(5)] == [0, 0, 1, 1, 2]
+
+
+def test_the_cores_of_the_measured_rank_are_recorded() -> None:
+    """`cores` are those of a NUMA node, which the rank divides with others."""
+    world = World(rank=0, size=1, local_rank=0, local_size=8, device=torch.device("cpu"), cores=16)
+    found = describe_machine(world, 64)
+    assert (found["cores"], found["rank_cores"]) == (64, 16)

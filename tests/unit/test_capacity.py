@@ -38,7 +38,7 @@ def test_without_measurements_the_figures_are_references_and_assumptions() -> No
     assert (found.cluster.zero, found.cluster.sync_bn, found.cluster.overlaps) == (1, 0, True)
     (one, four) = found.steps[1024]
     assert (one.rank_batch, four.rank_batch) == (128, 32)
-    assert one.terms["compute"] == pytest.approx(128 / 3209.5, rel=0.02)
+    assert one.terms["compute"] == pytest.approx(128 / 3056.3, rel=0.02)
     assert found.training_steps(1024) == 300 * (1_281_167 // 1024) == 375_300
     assert found.hours(one) == pytest.approx(375_300 * one.seconds / 3600)
 
@@ -177,10 +177,56 @@ def test_an_all_reduce_of_one_rank_or_measured_twice_is_not_an_error(tmp_path: P
 
 
 def test_notes_say_what_the_reference_does_not_measure() -> None:
-    for variant, launch in (("b0", True), ("b3", False)):
+    for variant, launch, alone in (("b0", True, False), ("b1", True, True), ("b3", False, False)):
         notes = plan(Capacity(variant=variant, nodes="1")).notes  # type: ignore[arg-type]
         assert any(note.startswith("only batch 256 was measured") for note in notes)
-        assert any("was measured with fat_b3: that of fat_b0 is" in note for note in notes) == launch
+        assert any(f"was measured with fat_b3: that of fat_{variant} is" in note for note in notes) == launch
+        assert any(f"of fat_{variant}, only the model alone was measured" in note for note in notes) == alone
+
+
+def test_storage_of_more_nodes_than_measured_is_noted(tmp_path: Path) -> None:
+    """Two ranks of 1 GB/s per node."""
+    text = "storage was measured with 2 nodes at the same time: for 64 nodes, 128 GB/s in total are assumed; set"
+    doctor = write(tmp_path / "d.json", healthy(2, local_ranks=2))
+    for options, noted in (
+        ({"nodes": "1,64"}, True),
+        ({"nodes": "1,2"}, False),
+        ({"nodes": "1,64", "storage_total": "20 GB/s"}, False),
+        ({"nodes": "1,64", "storage": "1 GB/s"}, False),
+    ):
+        notes = plan(Capacity(variant="b3", measured=(doctor,), **options)).notes  # type: ignore[arg-type]
+        assert any(note.startswith(text) for note in notes) == noted, options
+    one = write(tmp_path / "one.json", healthy(1, local_ranks=2))
+    notes = plan(Capacity(variant="b3", nodes="4", measured=(one,))).notes
+    assert any(note.startswith("storage was measured with 1 node: for 4 nodes, 8 GB/s in total") for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "options", "text"),
+    [
+        ("DeepSpeed ZeRO-1, bf16", 8, {}, None),
+        ("", 8, {}, None),  # written by an older version
+        ("plain data parallel, bf16", 8, {}, "measured ZeRO 0, but ZeRO 1 is predicted; measure with 'pipeline "
+         "bench SET --ranks 8 -- --zero 1 --global-batch 128'"),
+        ("plain data parallel, bf16", 8, {"zero": 0}, None),
+        ("DeepSpeed ZeRO-1, bf16", 8, {"cores_per_node": 64}, "measured a rank with 16 CPU cores, but one with 8 "
+         "is predicted; "),
+        ("DeepSpeed ZeRO-1, bf16", 1, {}, "measured with --ranks 1, and each of the 8 ranks of a node is assumed "
+         "to have its 16 CPU cores"),
+        ("DeepSpeed ZeRO-1, bf16", 1, {"cores_per_node": 128}, None),
+    ],
+)  # fmt: skip
+def test_a_bench_of_another_configuration_is_noted(
+    tmp_path: Path, engine: str, ranks: int, options: dict[str, Any], text: str | None
+) -> None:
+    figures = bench(gpu=True)
+    figures["settings"] |= {"engine": engine, "ranks": ranks}
+    figures["machine"] |= {"cores": 64, "rank_cores": 16}
+    path = write(tmp_path / "b.json", figures)
+    notes = [note for note in plan(Capacity(nodes="1,2", measured=(path,), **options)).notes if "b.json" in note]
+    assert len(notes) == (text is not None), notes
+    if text:
+        assert f"b.json {text}" in notes[0]
 
 
 def test_a_launch_as_long_as_the_step_is_noted(tmp_path: Path) -> None:
@@ -218,6 +264,8 @@ def test_figures_derived_from_measurements(tmp_path: Path) -> None:
     assert measured.launch_seconds == 0.2  # the queue was full in the other phase
     assert measured.jitter == pytest.approx(200**0.5 / 100)
     assert measured.rank_cores == 1
+    bound = measured.model_copy(update={"machine": measured.machine.model_copy(update={"rank_cores": 16})})
+    assert bound.rank_cores == 16  # recorded: `cores` are those of the NUMA node to which the rank is bound
     assert path_and_doctor[1].cores == 24
     assert path_and_doctor[1].storage == 2e9  # two ranks of 1 GB/s
 

@@ -1,4 +1,4 @@
-"""The cost model of `pipeline capacity` agrees with a simulation by events (benchmarks/cluster_simulation.py)."""
+"""The cost model of `pipeline capacity` agrees with a discrete-event simulation (benchmarks/cluster_simulation.py)."""
 
 from __future__ import annotations
 
