@@ -1,4 +1,4 @@
-"""A short soak (tests/soak): every law holds after some failures."""
+"""A short soak (tests/soak): every invariant holds after some failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def soak(tmp_path: Path, *options: str | Path) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
-def test_no_law_is_violated_by_some_failures(tmp_path: Path) -> None:
+def test_no_invariant_is_violated_by_some_failures(tmp_path: Path) -> None:
     need(*NEEDED)
     kinds = ("kill rank", "short stop", "slow disk", "damaged checkpoint", "damaged shard", "node added", "requeue")
     done = soak(tmp_path, "--rounds", "2", "--failures", "6", "--epochs", "2", "--kinds", *kinds)

@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pace", type=float, default=0.2, help="minimum duration of a step in seconds")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument(
-        "--folder", type=Path, help="folder for the evidence of violated laws; default: a temporary one"
+        "--folder", type=Path, help="folder for the evidence of violated invariants; default: a temporary one"
     )
     return parser.parse_args()
 

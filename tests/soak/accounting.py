@@ -26,12 +26,12 @@ class Failure:
     step: int = 0
     """Steps done when it happened."""
     lost_steps: int = 0
-    """Steps that were done again because of it."""
+    """Steps that were repeated because of it."""
     seconds_to_recover: float | None = None
     """Longest time without a completed step, from the failure until the first step that began after it and was
     completed after its end; None: not recovered."""
     seconds_to_catch_up: float | None = None
-    """Until the steps that were done before the failure had been done again."""
+    """Until the steps that were done before the failure had been repeated."""
 
     @property
     def settled(self) -> bool:

@@ -1,4 +1,4 @@
-"""The undisturbed run with which a round is compared: ranks and data change at the same steps, but nothing fails."""
+"""The uninterrupted run with which a round is compared: ranks and data change at the same steps, but nothing fails."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def segments(records: Records, plan: Plan, damaged: Collection[int]) -> list[Seg
     skips = False
     for step in range(plan.steps):
         if step not in final:
-            break  # a law reports it
+            break  # `invariants.exactly_once` reports it
         batch = final[step].batch(step)
         skips |= batch is not None and any(
             expected in damaged and delivered != expected
@@ -76,7 +76,7 @@ def segments(records: Records, plan: Plan, damaged: Collection[int]) -> list[Seg
 
 
 class References:
-    """Undisturbed runs, of which those on undamaged data are used again.
+    """Uninterrupted runs, of which those on undamaged data are used again.
 
     Args:
         folder: folder for these runs.
@@ -90,7 +90,7 @@ class References:
     def get(
         self, parts: Sequence[Segment], options: Callable[[Path, Path], list[str]], *, clean: Path, damaged: Path
     ) -> tuple[dict[int, Batch], Path]:
-        """Return the batches by step, and the run folder, of an undisturbed run.
+        """Return the batches by step, and the run folder, of an uninterrupted run.
 
         Args:
             options: returns the options for a run folder and a data set.
@@ -100,7 +100,7 @@ class References:
         found = self._found.get(key)
         if found is None:
             self._count += 1
-            folder = self._folder / f"undisturbed-{self._count}"
+            folder = self._folder / f"uninterrupted-{self._count}"
             found = run_reference(parts, self._nodes, folder, options, clean=clean, damaged=damaged)
             if not any(part.damaged for part in parts):
                 self._found[key] = found
@@ -111,7 +111,7 @@ def run_reference(
     parts: Sequence[Segment], nodes: Sequence[Node], folder: Path, options: Callable[[Path, Path], list[str]],
     *, clean: Path, damaged: Path,
 ) -> tuple[dict[int, Batch], Path]:  # fmt: skip
-    """Train the undisturbed run; return its batches by step, and its run folder.
+    """Train the uninterrupted run; return its batches by step, and its run folder.
 
     Args:
         options: returns the options for a run folder and a data set.
@@ -128,11 +128,11 @@ def run_reference(
         )  # fmt: skip
         end = time.monotonic() + START_SECONDS
         while any(node.status(pids[rank]) is None for rank, node in enumerate(ranks)):
-            assert time.monotonic() < end, f"the undisturbed run did not end: {folder}"
+            assert time.monotonic() < end, f"the uninterrupted run did not end: {folder}"
             time.sleep(0.05)
         statuses = [node.status(pids[rank]) for rank, node in enumerate(ranks)]
         log = (folder / f"start-{number}-rank-0.log").read_text(errors="replace")
-        assert statuses == [0] * part.world, f"the undisturbed run failed with {statuses}\n{log}"
+        assert statuses == [0] * part.world, f"the uninterrupted run failed with {statuses}\n{log}"
         assert not wait_for_silence(list(nodes), 30)
     found = Records(records)
     found.update()

@@ -19,7 +19,7 @@ from tests.support.launching import ROOT
 
 GOODPUT = (
     "Seconds of the steps that are in the final weights, without waiting for data (as in `pipeline goodput`), divided "
-    "by the seconds from the first start of each round to its end. Undisturbed runs are not included."
+    "by the seconds from the first start of each round to its end. Uninterrupted runs are not included."
 )
 LOST_TIME = (
     "Mean time to recover plus the lost steps at the mean duration of a step. The projection is computed as 1 - lost "
@@ -53,7 +53,7 @@ class Soak:
         last, failures = self._rounds[-1], self._failures()
         return (
             f"{len(last.failures)} failures in {last.wall:.0f} s, {last.executed - last.steps} of {last.executed} "
-            f"steps repeated; undisturbed run {last.reference_seconds:.0f} s; in all {len(failures)} failures in "
+            f"steps repeated; uninterrupted run {last.reference_seconds:.0f} s; in all {len(failures)} failures in "
             f"{(time.monotonic() - self._began) / 60:.1f} min, goodput {self._goodput():.1%}, "
             f"{len(self.violations)} violations"
         )

@@ -1,4 +1,4 @@
-"""One round of a soak, with its shared storage, and the laws that are checked at its end."""
+"""One round of a soak, with its shared storage, and the invariants that are checked at its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.run.metrics_file import final_timeline, read_metrics
 from launch.run.status import read_status
-from tests.soak import laws
+from tests.soak import invariants
 from tests.soak.accounting import Failure
 from tests.soak.nodes import Node
 from tests.soak.ranks import options
@@ -35,7 +35,7 @@ class RoundResult:
     planned: int
     began: float
     wall: float = 0.0
-    """Seconds of the disturbed run, from its first start to its end."""
+    """Seconds of the run with failures, from its first start to its end."""
     training: float = 0.0
     """Seconds of the steps that are in the final weights, without waiting for data."""
     step_seconds: float = 0.0
@@ -56,10 +56,10 @@ def run_round(
     plan: RoundPlan, nodes: list[Node], references: References, *, data: Path, folder: Path, seed: int, epochs: int,
     pace: float, say: Callable[[str], None] = print,
 ) -> RoundResult:  # fmt: skip
-    """Run a round in `folder`, which is removed if no law is violated.
+    """Run a round in `folder`, which is removed if no invariant is violated.
 
     Args:
-        references: undisturbed runs, with one of which the round is compared.
+        references: uninterrupted runs, with one of which the round is compared.
         data: data set, which is copied before it is damaged.
         seed: seed of the training.
         epochs: length of the training.
@@ -67,8 +67,8 @@ def run_round(
         say: prints a line.
     """
     folder.mkdir(parents=True)
-    disturbed, run = folder / "set", folder / "shared" / "run"
-    shutil.copytree(data, disturbed)
+    damaged_data, run = folder / "set", folder / "shared" / "run"
+    shutil.copytree(data, damaged_data)
 
     def options_of(run: Path, data: Path) -> list[str]:
         return options(run=run, data=data, seed=seed, epochs=epochs, zero=plan.zero, feed_process=plan.feed_process)
@@ -76,8 +76,8 @@ def run_round(
     training_plan = plan_of(options_of(run, data))
     with mounted(folder / "shared", folder / "shared.img", megabytes=STORAGE_MEGABYTES) as storage:
         supervisor = Supervisor(
-            plan, nodes, folder=folder, storage=storage, run=run, data=disturbed, pace=pace, say=say,
-            options=options_of(run, disturbed),
+            plan, nodes, folder=folder, storage=storage, run=run, data=damaged_data, pace=pace, say=say,
+            options=options_of(run, damaged_data),
         )  # fmt: skip
         began = time.monotonic()
         supervisor.train()
@@ -89,7 +89,7 @@ def run_round(
         if set(final) >= set(range(training_plan.steps)):
             began = time.monotonic()
             parts = segments(supervisor.records, training_plan, supervisor.damaged)
-            reference, expected = references.get(parts, options_of, clean=data, damaged=disturbed)
+            reference, expected = references.get(parts, options_of, clean=data, damaged=damaged_data)
             result.reference_seconds = time.monotonic() - began
             _compare(result, supervisor, training_plan, reference, expected, saved_at_other_steps=len(parts) > 1)
         else:
@@ -136,17 +136,17 @@ def _compare(
     result: RoundResult, supervisor: Supervisor, plan: Any, reference: dict[int, Batch], expected: Path,
     *, saved_at_other_steps: bool,
 ) -> None:  # fmt: skip
-    """Check the laws, and count what holds if there is no violation."""
+    """Check the invariants, and count what holds if there is no violation."""
     records, run, damaged = supervisor.records, supervisor.run, supervisor.damaged
     final = records.final()
     timeline = {step: batch for step, start in final.items() if (batch := start.batch(step)) is not None}
-    found, skipped = laws.exactly_once(
+    found, skipped = invariants.exactly_once(
         timeline, plan.ids, samples=plan.samples, steps_per_epoch=plan.steps_per_epoch, damaged=damaged
     )
     result.violations += found
-    other, executions = laws.same_batches(records, reference, plan.ids, damaged)
+    other, executions = invariants.same_batches(records, reference, plan.ids, damaged)
     result.violations += other
-    result.violations += laws.complete_steps(records)
+    result.violations += invariants.complete_steps(records)
     if read_status(run) != "finished":
         result.violations.append(f"the status of the run is {read_status(run)}")
     tensors = 0
@@ -156,10 +156,10 @@ def _compare(
         if not (run / name).is_file():
             result.violations.append(f"{name} is missing")
             continue
-        wrong, count = laws.same_tensors(run / name, expected / name, exact_statistics=exact)
+        wrong, count = invariants.same_tensors(run / name, expected / name, exact_statistics=exact)
         result.violations += wrong
         tensors += count
-    result.violations += laws.contiguous_metrics(final_timeline(read_metrics(run)), plan.steps)
+    result.violations += invariants.contiguous_metrics(final_timeline(read_metrics(run)), plan.steps)
     if result.violations:
         return
     result.checked = {
@@ -167,6 +167,6 @@ def _compare(
         "samples delivered exactly once": sum(len(batch.ids) for batch in timeline.values()) - skipped,
         "damaged samples skipped exactly once": skipped,
         "executions of steps with equal samples and images": executions,
-        "tensors equal to the undisturbed run": tensors,
+        "tensors equal to the uninterrupted run": tensors,
         "rounds with BatchNorm statistics equal in every bit": int(exact),
     }

@@ -1,4 +1,4 @@
-"""One training of a soak: lets failures happen, starts the ranks again, and measures what each failure costs."""
+"""One training of a soak: injects failures, starts the ranks again, and measures what each failure costs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Supervisor(Job):
         self.damaged: set[int] = set()
         """Ids of the damaged samples."""
         self.extra_saves = False
-        """Whether the run may have been saved at steps at which an undisturbed one is not."""
+        """Whether the run may have been saved at steps at which an uninterrupted one is not."""
         self._planned, self._active = list(plan.failures), list[Active]()
         self._injected_at = self._progress_at = time.monotonic()
         self._reached = 0  # steps done, without those that were repeated

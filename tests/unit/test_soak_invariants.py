@@ -1,4 +1,4 @@
-"""The laws of the soak (tests/soak) find a lost, a repeated and an exchanged sample, and other weights."""
+"""The invariants of the soak (tests/soak) find a lost, a repeated and an exchanged sample, and other weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.soak import laws
+from tests.soak import invariants
 from tests.soak.records import Batch, Records
 from tests.soak.reference import Plan, Segment, segments
 
@@ -26,7 +26,7 @@ def batch(ids: tuple[int, ...]) -> Batch:
 
 
 def check(timeline: dict[int, Batch], damaged: tuple[int, ...] = ()) -> tuple[list[str], int]:
-    return laws.exactly_once(timeline, PLAN, samples=SAMPLES, steps_per_epoch=PER_EPOCH, damaged=damaged)
+    return invariants.exactly_once(timeline, PLAN, samples=SAMPLES, steps_per_epoch=PER_EPOCH, damaged=damaged)
 
 
 def as_planned() -> dict[int, Batch]:
@@ -120,8 +120,8 @@ def test_the_final_timeline_has_the_last_execution_of_every_step(tmp_path: Path)
         (0, 2),
         *((1, i) for i in range(2, 6)),
     ]
-    assert laws.complete_steps(records) == []
-    assert laws.same_batches(records, as_planned(), PLAN, ()) == ([], 7)
+    assert invariants.complete_steps(records) == []
+    assert invariants.same_batches(records, as_planned(), PLAN, ()) == ([], 7)
     parts = segments(records, Plan(PLAN, SAMPLES, PER_EPOCH, 6), ())
     assert parts == [Segment(2, 2, False), Segment(6, 4, False)]
 
@@ -129,25 +129,25 @@ def test_the_final_timeline_has_the_last_execution_of_every_step(tmp_path: Path)
 def test_a_step_that_was_not_repeated_after_a_kill_is_found(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, [0, 1, 2, 3], killed=3)
     write(tmp_path, 1, 2, [4, 5])
-    (found,) = laws.complete_steps(read(tmp_path))
+    (found,) = invariants.complete_steps(read(tmp_path))
     assert "step 3 of start 0" in found
 
 
 def test_a_repeated_step_with_other_samples_is_found(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, [0, 1, 2], ids_2_0=[7, 6])
     write(tmp_path, 1, 2, [2, 3, 4, 5])
-    (found,), count = laws.same_batches(read(tmp_path), as_planned(), PLAN, ())
+    (found,), count = invariants.same_batches(read(tmp_path), as_planned(), PLAN, ())
     assert "start 0, step 2, which was repeated" in found
     assert count == 7
 
 
-def test_the_final_execution_must_equal_the_undisturbed_run_also_in_damaged_rows(tmp_path: Path) -> None:
+def test_the_final_execution_must_equal_the_uninterrupted_run_also_in_damaged_rows(tmp_path: Path) -> None:
     damaged = PLAN[1][0]
     write(tmp_path, 0, 2, list(PLAN), ids_1_0=[PLAN[1][2], PLAN[1][1]])
     records = read(tmp_path)
-    assert laws.same_batches(records, as_planned(), PLAN, (damaged,))[0]
+    assert invariants.same_batches(records, as_planned(), PLAN, (damaged,))[0]
     replaced = as_planned() | {1: batch((PLAN[1][2], *PLAN[1][1:]))}
-    assert laws.same_batches(records, replaced, PLAN, (damaged,))[0] == []
+    assert invariants.same_batches(records, replaced, PLAN, (damaged,))[0] == []
     parts = segments(records, Plan(PLAN, SAMPLES, PER_EPOCH, 6), (damaged,))
     assert parts == [Segment(1, 2, False), Segment(6, 2, True)]
 
@@ -168,11 +168,11 @@ def test_weights_must_have_the_same_bits_and_statistics_may_be_rounded_different
         ({"bn.running_mean": torch.full((3,), 1.01)}, False, False),
     ):
         save_file(tensors | changed, ours)
-        found, count = laws.same_tensors(ours, theirs, exact_statistics=exact)
+        found, count = invariants.same_tensors(ours, theirs, exact_statistics=exact)
         assert (found == []) is equal, (changed, exact)
         assert count == (2 if equal else 0)
     save_file({"fc.weight": torch.ones(3)}, ours)
-    assert "other tensors" in laws.same_tensors(ours, theirs, exact_statistics=False)[0][0]
+    assert "other tensors" in invariants.same_tensors(ours, theirs, exact_statistics=False)[0][0]
 
 
 @pytest.mark.parametrize(("steps", "message"), [
@@ -182,5 +182,5 @@ def test_weights_must_have_the_same_bits_and_statistics_may_be_rounded_different
 ])  # fmt: skip
 def test_metrics_have_every_step_once(steps: list[int], message: str | None) -> None:
     lines = [{"kind": "start", "step": 0}, *({"kind": "train", "step": step} for step in steps)]
-    found = laws.contiguous_metrics(lines, 3)
+    found = invariants.contiguous_metrics(lines, 3)
     assert found == ([f"metrics.jsonl: {message}"] if message else [])

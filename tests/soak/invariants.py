@@ -1,4 +1,4 @@
-"""What must be true after a round, whatever has failed in it. Every law returns the violations that it finds."""
+"""What must be true after a round, whatever has failed in it. Every function returns the violations that it finds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tests.soak.records import Batch, Records
 
 STATISTICS = ("running_mean", "running_var")
-# Of BatchNorm's statistics, if the run was saved at other steps than the undisturbed one: every save averages them over
-# the ranks, which changes their rounding.
+# Of BatchNorm's statistics, if the run was saved at other steps than the uninterrupted one: every save averages them
+# over the ranks, which changes their rounding.
 TOLERANCE = 1e-5
 MAX_MESSAGES = 5
-"""Number of messages of one law; more would not help."""
+"""Number of messages of one invariant; more would not help."""
 
 
 def exactly_once(
@@ -68,7 +68,7 @@ def exactly_once(
 def same_batches(
     records: Records, reference: Mapping[int, Batch], plan: Mapping[int, Sequence[int]], damaged: Collection[int]
 ) -> tuple[list[str], int]:
-    """Check that every execution of a step, also of steps that were repeated, has the samples of the undisturbed run.
+    """Check that every execution of a step, also of steps that were repeated, has the samples of the uninterrupted run.
 
     Rows of damaged samples may differ in executions before the final one, because the damage came between them.
 
@@ -81,11 +81,11 @@ def same_batches(
         count += 1
         expected = reference.get(step)
         if expected is None:
-            found.append(f"start {start}, step {step}: not a step of the undisturbed run")
+            found.append(f"start {start}, step {step}: not a step of the uninterrupted run")
         elif final[step].number == start and batch != expected:
-            found.append(f"start {start}, step {step}: other samples or images than in the undisturbed run")
+            found.append(f"start {start}, step {step}: other samples or images than in the uninterrupted run")
         elif _without(batch, plan[step], damaged) != _without(expected, plan[step], damaged):
-            found.append(f"start {start}, step {step}, which was repeated: other samples than in the undisturbed run")
+            found.append(f"start {start}, step {step}, which was repeated: other samples than in the uninterrupted run")
     return found[:MAX_MESSAGES], count
 
 
@@ -105,7 +105,7 @@ def complete_steps(records: Records) -> list[str]:
 
 
 def same_tensors(found: Path, expected: Path, *, exact_statistics: bool) -> tuple[list[str], int]:
-    """Check that a safetensors file has the same bits as that of the undisturbed run.
+    """Check that a safetensors file has the same bits as that of the uninterrupted run.
 
     Args:
         exact_statistics: whether this includes BatchNorm's statistics, which otherwise agree to `TOLERANCE`.
@@ -115,7 +115,7 @@ def same_tensors(found: Path, expected: Path, *, exact_statistics: bool) -> tupl
     """
     ours, theirs = load_file(found), load_file(expected)
     if ours.keys() != theirs.keys():
-        return [f"{found.name}: other tensors than in the undisturbed run: {sorted(ours.keys() ^ theirs.keys())}"], 0
+        return [f"{found.name}: other tensors than in the uninterrupted run: {sorted(ours.keys() ^ theirs.keys())}"], 0
     wrong = []
     for name, tensor in ours.items():
         if not exact_statistics and name.endswith(STATISTICS):
