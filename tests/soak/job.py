@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.run.status import EXIT_STATUS, read_status
-from tests.soak.nodes import Node, wait_for_silence
+from tests.soak.nodes import SILENCE_SECONDS, Node, wait_for_silence
 from tests.soak.ranks import HANG_TIMEOUT, start_ranks
 from tests.soak.records import Records
 
@@ -23,7 +23,6 @@ TICK_SECONDS = 0.02
 START_UP_GRACE_SECONDS = 2.0
 END_SECONDS = HANG_TIMEOUT + 90.0
 """In which all ranks must end after one has ended: they notice it at once, or after the hang timeout."""
-SILENCE_SECONDS = 30.0
 MAX_FAILED_STARTS = 12
 RESTART_SECONDS = 0.3
 # Finished; failed; ended on request or by the watchdog; killed. Not 2, which means invalid input.

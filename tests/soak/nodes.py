@@ -21,6 +21,7 @@ from tests.support.launching import ROOT, environment
 
 READY_SECONDS = 180.0
 ANSWER_SECONDS = 60.0
+SILENCE_SECONDS = 30.0
 
 
 class Node:
@@ -88,6 +89,16 @@ class Node:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+    def restore(self) -> None:
+        """End all processes, and restore what failures change: the link, the clock and the node-local storage."""
+        with contextlib.ExitStack() as stack:  # callbacks are called in reverse order, also after an error of another
+            stack.callback(self.wipe)
+            stack.callback(self.clock.set, 0.0)
+            stack.callback(self.host.unlimit_rate)
+            stack.callback(self.host.plug_in)
+            stack.callback(wait_for_silence, [self], SILENCE_SECONDS)
+            stack.callback(self.kill)
 
     def _read(self) -> None:
         assert self._server.stdout is not None

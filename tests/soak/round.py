@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def run_round(
     plan: RoundPlan, nodes: list[Node], references: References, *, data: Path, folder: Path, seed: int, epochs: int,
     pace: float, say: Callable[[str], None] = print,
 ) -> RoundResult:  # fmt: skip
-    """Run a round in `folder`, which is removed if no invariant is violated.
+    """Run a round in `folder`, which is removed if no invariant is violated; else it has a copy of the run folder.
 
     Args:
         references: uninterrupted runs, with one of which the round is compared.
@@ -74,34 +75,53 @@ def run_round(
         return options(run=run, data=data, seed=seed, epochs=epochs, zero=plan.zero, feed_process=plan.feed_process)
 
     training_plan = plan_of(options_of(run, data))
-    with mounted(folder / "shared", folder / "shared.img", megabytes=STORAGE_MEGABYTES) as storage:
-        supervisor = Supervisor(
-            plan, nodes, folder=folder, storage=storage, run=run, data=damaged_data, pace=pace, say=say,
-            options=options_of(run, damaged_data),
-        )  # fmt: skip
-        began = time.monotonic()
-        supervisor.train()
-        result = RoundResult(plan.number, supervisor.failures, supervisor.violations, len(plan.failures), began)
-        result.wall = time.monotonic() - began
-        _summarize(result, supervisor)
-        result.violations += _check_nodes(supervisor)
-        final = supervisor.records.final()
-        if set(final) >= set(range(training_plan.steps)):
+    storage = mounted(folder / "shared", folder / "shared.img", megabytes=STORAGE_MEGABYTES)
+    with storage as shared, _restored_after(nodes):
+        try:
+            supervisor = Supervisor(
+                plan, nodes, folder=folder, storage=shared, run=run, data=damaged_data, pace=pace, say=say,
+                options=options_of(run, damaged_data),
+            )  # fmt: skip
             began = time.monotonic()
-            parts = segments(supervisor.records, training_plan, supervisor.damaged)
-            reference, expected = references.get(parts, options_of, clean=data, damaged=damaged_data)
-            result.reference_seconds = time.monotonic() - began
-            _compare(result, supervisor, training_plan, reference, expected, saved_at_other_steps=len(parts) > 1)
-        else:
-            result.violations.append(f"only {len(final)} of {training_plan.steps} steps were done")
+            supervisor.train()
+            result = RoundResult(
+                plan.number, supervisor.failures, supervisor.violations, len(plan.failures), began,
+                wall=time.monotonic() - began,
+            )  # fmt: skip
+            _summarize(result, supervisor)
+            result.violations += _check_nodes(supervisor)
+            final = supervisor.records.final()
+            if set(final) >= set(range(training_plan.steps)):
+                began = time.monotonic()
+                parts = segments(supervisor.records, training_plan, supervisor.damaged)
+                reference, expected = references.get(parts, options_of, clean=data, damaged=damaged_data)
+                result.reference_seconds = time.monotonic() - began
+                _compare(result, supervisor, training_plan, reference, expected, saved_at_other_steps=len(parts) > 1)
+            else:
+                result.violations.append(f"only {len(final)} of {training_plan.steps} steps were done")
+        except Exception:
+            _keep(run, folder)
+            raise
         if result.violations:
-            shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("PREEMPT"))
-        for node in nodes:
-            node.clock.set(0.0)
-            node.wipe()
+            _keep(run, folder)
     if not result.violations:
         shutil.rmtree(folder)
     return result
+
+
+def _keep(run: Path, folder: Path) -> None:
+    """Copy the run folder out of the storage, which is removed."""
+    if run.is_dir():
+        shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("PREEMPT"))
+
+
+@contextlib.contextmanager
+def _restored_after(nodes: list[Node]) -> Iterator[None]:
+    """Restore the nodes afterwards, whatever has happened."""
+    with contextlib.ExitStack() as stack:  # an error at one node does not prevent the others
+        for node in nodes:
+            stack.callback(node.restore)
+        yield
 
 
 def _summarize(result: RoundResult, supervisor: Supervisor) -> None:

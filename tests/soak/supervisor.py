@@ -84,8 +84,10 @@ class Supervisor(Job):
         except RoundFailed as error:
             self.violations.append(str(error))
         finally:
-            self.kill_everything()
-            self._undo(everything=True)
+            try:
+                self.kill_everything()
+            finally:
+                self._undo(everything=True)
         self._observe()
         for active in self._active:  # nothing was left to do but to finish
             failure = active.failure
