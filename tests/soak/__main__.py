@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from shards.errors import first_line
@@ -26,7 +27,7 @@ NODES = 4
 
 
 def main() -> int:
-    args = arguments()
+    args = arguments(sys.argv[1:])
     if os.getuid() != 0:
         raise SystemExit("error: the soak needs root, for network namespaces and mounts")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up as after Ctrl-C
@@ -55,7 +56,7 @@ def main() -> int:
             except Exception as error:  # of the soak itself; the next rounds may still find faults
                 traceback.print_exc()
                 soak.violations.append(f"round {plan.number}: {type(error).__name__}: {first_line(error)}")
-                say(f"  evidence: {evidence}")
+                say(f"  evidence: {evidence}; to repeat: {repetition(args, plan.number)}")
                 continue
             soak.add(result)
             say(f"  {soak.progress()}")
@@ -75,7 +76,7 @@ def main() -> int:
     return int(bool(soak.violations))
 
 
-def arguments() -> argparse.Namespace:
+def arguments(line: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="start no round after this time")
     parser.add_argument("--seed", type=int, default=0, help="seed of trainings and failures")
@@ -91,7 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="folder for the evidence of violated invariants; default: a temporary one"
     )
-    return parser.parse_args()
+    return parser.parse_args(line)
 
 
 def say(text: str) -> None:
@@ -102,8 +103,8 @@ def repetition(args: argparse.Namespace, number: int) -> str:
     """Return the command that repeats a round."""
     kinds = f" --kinds {' '.join(map(shlex.quote, args.kinds))}" if args.kinds else ""
     return (
-        f"python -m tests.soak --seed {args.seed} --round {number} --failures {args.failures} --epochs {args.epochs}"
-        f"{kinds}"
+        f"python -m tests.soak --seed {args.seed} --round {number} --failures {args.failures} --epochs {args.epochs} "
+        f"--pace {args.pace}{kinds}"
     )
 
 

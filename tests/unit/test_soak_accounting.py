@@ -1,14 +1,16 @@
-"""Schedule, accounting and table of the soak (tests/soak)."""
+"""Schedule, accounting, table and command line of the soak (tests/soak)."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.soak.__main__ import arguments, repetition
 from tests.soak.accounting import Failure, attribute_loss, caught_up, had_saved, settle
 from tests.soak.failures import INJECT
 from tests.soak.records import DoneStep
@@ -147,3 +149,13 @@ def test_table_and_json(tmp_path: Path) -> None:
     row = next(line for line in soak.table().splitlines() if line.startswith("kill rank"))
     assert row.split() == ["kill", "rank", "3", "4", "5.0", "8.0", "0", "0"]
     assert "goodput 40.0%" in soak.table()
+
+
+def test_the_command_that_repeats_a_round_has_all_options_that_change_it() -> None:
+    line = "--seed 3 --failures 7 --epochs 2 --pace 0.35 --kinds 'kill rank' 'node added' --minutes 9 --rounds 4"
+    args = arguments(shlex.split(line))
+    command, _, options = repetition(args, 12).partition(" --")
+    repeated = vars(arguments(shlex.split(f"--{options}")))
+    assert command == "python -m tests.soak"
+    others = {"round": 12, "rounds": None, "minutes": 60.0}  # they select rounds
+    assert repeated == vars(args) | others
