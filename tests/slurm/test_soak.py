@@ -42,6 +42,8 @@ def test_no_invariant_is_violated_by_some_failures(tmp_path: Path) -> None:
     assert found["checked"]["epochs"] == 4
     total = found["checked"]["samples delivered exactly once"]
     assert total + found["checked"].get("damaged samples skipped exactly once", 0) == 4 * 960
+    statistics = found["rounds_with_equal_batchnorm_statistics"]
+    assert statistics["equal"] == statistics["required"]
     assert 0 < found["goodput"]["value"] < 1
     assert not list((tmp_path / "soak").glob("round-*"))  # evidence is kept for violations only
 

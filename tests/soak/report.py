@@ -19,11 +19,18 @@ from tests.support.launching import ROOT
 
 GOODPUT = (
     "Seconds of the steps that are in the final weights, without waiting for data (as in `pipeline goodput`), divided "
-    "by the seconds from the first start of each round to its end. Uninterrupted runs are not included."
+    "by the seconds from the first start of each round to its end. A step counts with its whole duration, also if a "
+    "rank was stopped, or a link was cut or slow, during it. Uninterrupted runs are not included."
 )
 LOST_TIME = (
-    "Mean time to recover plus the lost steps at the mean duration of a step. The projection is computed as 1 - lost "
-    "time / interval, not measured: starts of large models take longer."
+    "Mean time to recover plus the lost steps at the mean duration of a step. Failures overlap, so that the sum of all "
+    "is more than the time lost. The projection is 1 - lost time / interval. It is computed, and only for the times of "
+    "this soak: ranks forked from processes that have imported their modules, short timeouts, no check of the nodes. "
+    "The start of a large model takes longer."
+)
+STATISTICS = (
+    "Rounds in which BatchNorm's statistics have the same bits as in the uninterrupted run, of those in which they "
+    "must: neither of the two runs was saved at steps at which the other was not. An inequality is a violation."
 )
 NOTE = (
     "All nodes are network namespaces of one machine that other programs use too, ranks are forked from processes that "
@@ -88,17 +95,25 @@ class Soak:
                 f"{name:20} {row['count']:5d} {row['lost_steps']:10d} {row['median_seconds']:27.1f} "
                 f"{row['worst_seconds']:7.1f} {early:11d} {saving:7d}"
             )
-        checked = self._checked()
+        checked, (equal, required) = self._checked(), self._statistics()
         lines += ["", f"goodput {self._goodput():.1%}", *(f"{count:,} {what}" for what, count in checked.items())]
+        lines.append(f"{equal} of {required} rounds with equal BatchNorm statistics, of those that require it")
         lines.append(f"{len(self.violations)} violations in {len(self._rounds)} rounds")
         return "\n".join(lines)
 
     def _checked(self) -> dict[str, int]:
-        return dict(sum((Counter(result.checked) for result in self._rounds), Counter()))
+        total: Counter[str] = Counter()
+        for result in self._rounds:
+            total.update(result.checked)  # unlike `+`, keeps zeros
+        return dict(total)
+
+    def _statistics(self) -> tuple[int, int]:
+        """Return in how many rounds BatchNorm's statistics are equal, and in how many they must be."""
+        return sum(r.statistics_equal for r in self._rounds), sum(r.statistics_required for r in self._rounds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of soak.json."""
-        lost = self._lost_seconds()
+        lost, (equal, required) = self._lost_seconds(), self._statistics()
         return {
             "started": self._started,
             "seed": self._seed,
@@ -112,6 +127,9 @@ class Soak:
             "failures": len(self._failures()),
             "violations": self.violations,
             "checked": self._checked(),
+            "rounds_with_equal_batchnorm_statistics": {
+                "equal": equal, "required": required, "definition": STATISTICS,
+            },
             "by_kind": self.by_kind(),
             "goodput": {
                 "value": round(self._goodput(), 4), "definition": GOODPUT,

@@ -53,8 +53,8 @@ class Supervisor(Job):
         self.failures: list[Failure] = []
         self.damaged: set[int] = set()
         """Ids of the damaged samples."""
-        self.extra_saves = False
-        """Whether the run may have been saved at steps at which an uninterrupted one is not."""
+        self.moved_saves = False
+        """Whether there was a failure that moves saves, see `Kind`."""
         self._planned, self._active = list(plan.failures), list[Active]()
         self._injected_at = self._progress_at = time.monotonic()
         self._reached = 0  # steps done, without those that were repeated
@@ -163,7 +163,7 @@ class Supervisor(Job):
         )  # fmt: skip
         self.failures.append(failure)
         self._active.append(Active(failure, effect))
-        self.extra_saves |= kind.name in ("preemption", "node added", "node removed")
+        self.moved_saves |= kind.moves_saves
         self.log("failure", trigger=planned.trigger, **asdict(failure))
         self._say(f"step {self._reached:4d}  {kind.name}: {effect.detail} ({phase})")
 

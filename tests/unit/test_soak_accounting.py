@@ -16,7 +16,7 @@ from tests.soak.failures import INJECT
 from tests.soak.records import DoneStep
 from tests.soak.report import Soak
 from tests.soak.round import RoundResult
-from tests.soak.schedule import KINDS, RoundPlan, rounds
+from tests.soak.schedule import BY_NAME, KINDS, RoundPlan, rounds
 
 FAILURES = 14
 
@@ -55,6 +55,21 @@ def test_two_to_four_ranks() -> None:
             assert 2 <= world <= 4
             assert plan.elastic or not planned.kind.elastic
         assert sum(planned.kind.name == "damaged shard" for planned in plan.failures) <= 1
+
+
+def test_every_fourth_round_has_no_failures_that_move_saves() -> None:
+    """Else no round of many failures would check the bits of BatchNorm's statistics."""
+    exact = {plan.number for plan in plans(60) if not any(planned.kind.moves_saves for planned in plan.failures)}
+    assert exact >= set(range(2, 60, 4))
+    assert len(exact) < 20
+    assert {kind.name for kind in KINDS if kind.moves_saves} == {
+        "damaged shard", "node removed", "node added", "preemption",
+    }  # fmt: skip
+
+
+def test_a_soak_of_failures_that_move_saves_has_them_in_all_rounds() -> None:
+    for plan in itertools.islice(rounds(0, failures=3, kinds=(BY_NAME["preemption"],)), 8):
+        assert [planned.kind.name for planned in plan.failures] == ["preemption"] * 3
 
 
 def failure(kind: str = "kill rank", *, time: float = 10.0, ended: float | None = None, start: int = 0) -> Failure:
@@ -119,10 +134,11 @@ def test_a_start_that_was_stopped_before_training_has_saved_nothing() -> None:
     assert not had_saved("stalled", trained=True)
 
 
-def result(*failures: Failure, violations: tuple[str, ...] = ()) -> RoundResult:
+def result(*failures: Failure, violations: tuple[str, ...] = (), required: bool = False) -> RoundResult:
     return RoundResult(
         0, list(failures), list(violations), len(failures), 0.0, wall=100.0, training=40.0, step_seconds=0.5, steps=80,
-        executed=84, starts=3, checked={"epochs": 4},
+        executed=84, starts=3, checked={"epochs": 4, "damaged samples skipped exactly once": 0},
+        statistics_required=required, statistics_equal=required and not violations,
     )  # fmt: skip
 
 
@@ -144,11 +160,26 @@ def test_table_and_json(tmp_path: Path) -> None:
     assert content["goodput"]["lost_seconds_per_failure"] == pytest.approx(6.33)
     assert content["goodput"]["projected_at_one_failure_every"]["1 h"] == pytest.approx(1 - 6.33 / 3600, abs=1e-5)
     assert content["violations"] == ["round 0: a sample is lost"]
-    assert content["checked"] == {"epochs": 8}
+    assert content["checked"] == {"epochs": 8, "damaged samples skipped exactly once": 0}
     assert len(content["each_failure"]) == 3
     row = next(line for line in soak.table().splitlines() if line.startswith("kill rank"))
     assert row.split() == ["kill", "rank", "3", "4", "5.0", "8.0", "0", "0"]
     assert "goodput 40.0%" in soak.table()
+
+
+def test_rounds_with_equal_batchnorm_statistics_are_shown_also_if_there_are_none(tmp_path: Path) -> None:
+    soak = Soak(seed=5, minutes=1)
+    for expected, added in (
+        ((0, 0), result()),
+        ((0, 1), result(violations=("bn.running_var differs",), required=True)),
+        ((1, 2), result(required=True)),
+    ):
+        soak.add(added)
+        soak.write(tmp_path / "soak.json")
+        content = json.loads((tmp_path / "soak.json").read_text())["rounds_with_equal_batchnorm_statistics"]
+        assert (content["equal"], content["required"]) == expected
+        assert f"{expected[0]} of {expected[1]} rounds with equal BatchNorm statistics" in soak.table()
+        assert "0 damaged samples skipped exactly once" in soak.table()
 
 
 def test_the_command_that_repeats_a_round_has_all_options_that_change_it() -> None:

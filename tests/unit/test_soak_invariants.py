@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests.soak import invariants
 from tests.soak.records import Batch, Records
 from tests.soak.reference import Plan, Segment, segments
+from tests.soak.round import FINAL_FILES, RoundResult, compare_tensors
 
 SAMPLES, PER_EPOCH, BATCH = 12, 3, 4
 PLAN = {
@@ -173,6 +174,33 @@ def test_weights_must_have_the_same_bits_and_statistics_may_be_rounded_different
         assert count == (2 if equal else 0)
     save_file({"fc.weight": torch.ones(3)}, ours)
     assert "other tensors" in invariants.same_tensors(ours, theirs, exact_statistics=False)[0][0]
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("changed", [*FINAL_FILES, "checkpoints/step-00000006/state.safetensors", None])
+def test_one_bit_of_the_statistics_is_a_violation_if_they_must_be_equal(
+    tmp_path: Path, changed: str | None, required: bool
+) -> None:
+    tensors = {"fc.weight": torch.ones(3), "bn.running_var": torch.ones(3)}
+    other = tensors | {"bn.running_var": torch.tensor([1.0, 1.0, 1.0 + 2**-23])}
+    for folder in ("run", "expected"):
+        for name in (*FINAL_FILES, "checkpoints/step-00000006/state.safetensors"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file(other if (folder, name) == ("run", changed) else tensors, tmp_path / folder / name)
+    result = RoundResult(0, [], [], 0, 0.0, statistics_required=required)
+    count = compare_tensors(result, tmp_path / "run", tmp_path / "expected", steps=6)
+    if changed and required:
+        assert result.violations == [
+            f"{Path(changed).name}: 1 of 2 tensors differ: bn.running_var (by up to 1.2e-07)",
+        ]
+    else:
+        assert (result.violations, count) == ([], 6)
+    assert result.statistics_equal is (required and not changed)
+
+
+def test_files_without_statistics_are_not_counted_as_equal(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.ones(3)}, tmp_path / "weights")
+    assert not invariants.same_statistics(tmp_path / "weights", tmp_path / "weights")
 
 
 @pytest.mark.parametrize(("steps", "message"), [
