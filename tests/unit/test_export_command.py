@@ -208,4 +208,4 @@ def test_every_format_has_the_same_top1_on_digits_as_the_trained_weights(digits:
     (logits,) = session.run(None, {"images": batch.numpy()})
     assert np.array_equal(logits.argmax(1), expected)
     accuracy = np.mean([path.parent.name == classes[best] for path, best in zip(images, expected, strict=True)])
-    assert accuracy > 0.3
+    assert accuracy > 0.2  # chance: 0.1

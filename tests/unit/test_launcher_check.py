@@ -49,7 +49,7 @@ def test_several_processes_without_a_launcher_are_rejected(case: str, environmen
     assert "accelerate launch" in str(raised.value)
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate"])
+@pytest.mark.parametrize("script", ["train", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_tasks_are_rejected_before_files_are_created(script: str, digits: Path, tmp_path: Path) -> None:
     arguments = {"train": ["--out", str(tmp_path / "run")], "evaluate": [str(tmp_path / "w.safetensors")]}
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
