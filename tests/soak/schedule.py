@@ -115,7 +115,7 @@ def rounds(seed: int, *, failures: int, kinds: tuple[Kind, ...] = KINDS) -> Iter
     """Yield the plans of all rounds of a soak, for ever.
 
     Args:
-        failures: number of failures of each round.
+        failures: number of failures of each round, fewer if `kinds` has no others that are possible.
     """
     draw = Random(f"soak {seed}")
     deck = Deck(kinds, draw)
@@ -130,6 +130,8 @@ def rounds(seed: int, *, failures: int, kinds: tuple[Kind, ...] = KINDS) -> Iter
         ranks = world
         for index in range(failures):
             usable = allowed - ({"node removed"} if ranks <= 2 else set()) - ({"node added"} if ranks >= 4 else set())
+            if not usable:
+                break  # of the chosen kinds, no other is possible in this round
             kind = deck.deal(usable)
             if kind.once:
                 allowed = allowed - {kind.name}

@@ -81,6 +81,12 @@ def done(time: float, start: int, step: int, seconds: float = 0.5) -> DoneStep:
     return DoneStep(time, start, step, seconds)
 
 
+@pytest.mark.parametrize(("name", "numbers"), [("damaged shard", [1, 1, 1, 1]), ("node added", [0, 2, 0, 1])])
+def test_a_round_has_fewer_failures_if_no_other_kind_is_possible(name: str, numbers: list[int]) -> None:
+    plans = itertools.islice(rounds(0, failures=5, kinds=(BY_NAME[name],)), len(numbers))
+    assert [len(plan.failures) for plan in plans] == numbers
+
+
 def test_a_run_has_recovered_with_the_first_step_of_the_next_start() -> None:
     found = failure()
     settle(found, [done(9.9, 0, 6), done(10.2, 0, 7)])
