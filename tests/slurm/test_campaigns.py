@@ -81,7 +81,7 @@ def test_a_stalled_run_writes_stacks_and_is_restarted(large: Cluster, tmp_path: 
     options = ("--data", digits, "--zero", "1", "--save-every", "2", "--stop-after", "12", "--hang-timeout", "30")
     job = start_job(large, tmp_path / "run", "--nodes", "2", options=options, HANG_AT="5")
     assert job.end(600)["JobState"] == "COMPLETED", job.log
-    assert "requeueing: stalled (restart 1 of 3 since checkpoint step-00000004)" in job.log
+    assert "restarting in the allocation: stalled (restart 1 of 3 since checkpoint step-00000004)" in job.log
     assert "in hang" in (job.run / "stacks-rank1.txt").read_text()
     assert "rank 0, 5 steps done" in (job.run / "stacks-rank0.txt").read_text()
     assert json.loads((job.run / "status").read_text())["status"] == "finished"
