@@ -1,4 +1,4 @@
-"""The cost model of `pipeline capacity`: each limit, hand-computed cases, and laws."""
+"""The cost model of `pipeline capacity`: each limit, hand-computed cases, and properties."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_useful_nodes(rates: dict[int, float], expected: int) -> None:
     assert useful_nodes([step(nodes, rate) for nodes, rate in rates.items()], 0.7) == expected
 
 
-# -- laws --------------------------------------------------------------------------------------------------------------
+# -- properties --------------------------------------------------------------------------------------------------------
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Learning-rate schedules (launch/optim/schedule.py): the released code's at 300 epochs, and laws of the others."""
+"""Learning-rate schedules (launch/optim/schedule.py): the released code's at 300 epochs, properties of the others."""
 
 from __future__ import annotations
 
