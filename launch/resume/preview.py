@@ -28,6 +28,9 @@ def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) ->
     newest, skipped = checkpoints.newest() if decision.kind in ("newest", "never") else (None, [])
     if decision.kind == "newest":
         yield from (f"warning: {message}" for message in skipped)
+    local = decision.kind == "newest" and feed.recipe.checkpoint.local_checkpoint_every is not None
+    if local and checkpoints.newest_described() is not None:
+        yield "if the host of rank 0 has a newer local checkpoint, it is used instead; a dry run does not look for one"
     if decision.kind == "newest" and newest is None and (branch := read_origins(out).branch) is not None:
         yield "warning: all checkpoints are damaged"
         decision = branch_again(branch)
@@ -41,8 +44,6 @@ def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) ->
     else:
         found = newest
     yield from check_resume(decision, found, feed, fingerprint(feed.recipe, feed, teacher=teacher))
-    if decision.kind == "newest" and feed.recipe.checkpoint.local_checkpoint_every is not None:
-        yield "a newer local checkpoint on the host of rank 0 would be used instead; a dry run does not look for one"
     yield f"{decision.describe(found, out)}, after {found.progress.step:,} of {feed.last_step:,} steps"
     if decision.kind == "rewind" and is_later(out, checkpoints, found.progress.step):
         later = ", ".join(f"{step:,}" for step in checkpoints.paths() if step > found.progress.step)

@@ -295,8 +295,8 @@ def test_a_dry_run_names_damaged_checkpoints(digits: Path, copy: Path, capsys: p
         assert run(train, *OPTIONS, "--data", digits, "--dry-run", "--out", copy, *options) == 0
         return capsys.readouterr().out
 
-    def damage(step: int) -> None:
-        (copy / "checkpoints" / f"step-{step:08d}" / "meta.json").write_text("{")
+    def damage(step: int, name: str = "meta.json") -> None:
+        (copy / "checkpoints" / f"step-{step:08d}" / name).write_text("{")
 
     damage(LAST)
     skipped = "warning: " + str(copy / "checkpoints" / f"step-{LAST:08d}")
@@ -307,9 +307,16 @@ def test_a_dry_run_names_damaged_checkpoints(digits: Path, copy: Path, capsys: p
     assert skipped in said
     assert "warning: the run cannot resume: " in said
     for step in range(2, LAST, 2):
-        damage(step)
-    said = dry_run(*EPOCHS)
+        damage(step, "state.safetensors")
+    said = dry_run(*EPOCHS, "--local-checkpoint-every", "1")  # follows a checkpoint of which only the state is damaged
     assert said.count("; skipped") == LAST // 2
+    assert "if the host of rank 0 has a newer local checkpoint, it is used instead" in said
+    assert f"starting in {copy}, whose checkpoints and metrics would be moved to" in said
+    for step in range(2, LAST, 2):
+        damage(step)
+    said = dry_run(*EPOCHS, "--local-checkpoint-every", "1")
+    assert said.count("; skipped") == LAST // 2
+    assert "local checkpoint" not in said
     assert f"starting in {copy}, whose checkpoints and metrics would be moved to" in said
     said = dry_run(*EPOCHS, "--resume", "never")
     assert "; skipped" not in said
@@ -331,7 +338,7 @@ def test_a_dry_run_shows_the_checkpoint_and_writes_nothing(
     assert "the schedule is now cosine over 4 epochs, before cosine over 3 epochs" in said
     assert "local checkpoint" not in said
     said = dry_run("--epochs", "4", "--out", copy, "--local-checkpoint-every", "5")
-    assert "a newer local checkpoint on the host of rank 0 would be used instead" in said
+    assert "if the host of rank 0 has a newer local checkpoint, it is used instead" in said
     said = dry_run("--epochs", "4", "--out", tmp_path / "new", "--resume", copy)
     assert f"branching from step 12 of {copy / 'checkpoints' / 'step-00000012'} into {tmp_path / 'new'}" in said
     assert dry_run(*EPOCHS, "--out", tmp_path / "new").startswith("dry run of")
