@@ -7,7 +7,7 @@ SET is the shard set of `make demo`, or of `pipeline sample digits` and `pipelin
 until the accuracy is reached, as `pipeline race` does; one of them adds SCHEDULE. The ways alternate, in an order that
 changes with every seed. The result is the ratio of the medians, in which a run that does not reach the accuracy counts
 as infinitely long. Runs that are finished are not repeated, and an interrupted one is resumed (its time is then not
-that of an undisturbed run). A run takes 3 to 6 minutes on two CPU cores, which should do nothing else.
+that of an uninterrupted run). A run takes 3 to 6 minutes on two CPU cores, which should do nothing else.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def describe(found: Goodput) -> str:
     count = len(found.starts)
     title = f"goodput {found.goodput:.1%} of {duration(found.wall)} in {count} start{'s' if count > 1 else ''}"
     if found.lost_steps:
-        title += f", {found.lost_steps} steps were done again"
+        title += f", {found.lost_steps} steps were repeated"
     categories = Table(box=None, pad_edge=False)
     categories.add_column("category")
     categories.add_column("time", justify="right")

@@ -75,9 +75,9 @@ def _marks(runs: Sequence[Timeline]) -> list[str]:
     """Return what the marks in the charts mean."""
     marks = []
     if any(len(run.starts) > 1 for run in runs):
-        marks.append("Dotted vertical lines: the processes were started again.")
+        marks.append("Dotted vertical lines: the processes were restarted.")
     if any(line["kind"] == "train" for run in runs for line in run.lost):
-        marks.append("Gray: steps that were lost in a crash and done again.")
+        marks.append("Gray: steps that were lost in a crash and repeated.")
     if any(is_long(sum(line["kind"] == "train" for line in run.final)) for run in runs):
         marks.append("Pale: logged intervals, under their mean.")
     return marks

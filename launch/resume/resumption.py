@@ -186,6 +186,6 @@ class Resumption:
             moved = set_later_aside(self._out, self._checkpoints, step=step, archive=archive)
             messages.append(
                 f"returning to step {step:,}: {', '.join(moved) or 'no further files'} moved to {self._out / archive}; "
-                f"{METRICS_NAME} keeps the lines of later steps, which count as steps that are done again"
+                f"{METRICS_NAME} keeps the lines of later steps, which count as repeated steps"
             )
         return messages + restore_best_weights(self._checkpoints, self._weights, self._out, found)

@@ -50,8 +50,8 @@ def is_later(run: Path, checkpoints: CheckpointFolder, step: int) -> bool:
 def set_later_aside(run: Path, checkpoints: CheckpointFolder, *, step: int, archive: str) -> list[str]:
     """Move checkpoints, weights files and the last evaluation of steps after `step` to a folder; return their names.
 
-    If it is interrupted, another call moves the rest. The metrics stay, because their readers recognize lines of steps
-    that are done again.
+    If it is interrupted, another call moves the rest. The metrics stay, because their readers recognize lines of
+    repeated steps.
 
     Args:
         archive: name of the folder, in the run folder.

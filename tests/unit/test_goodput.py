@@ -246,7 +246,7 @@ def test_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["goodput", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines())) <= 80
-    assert "in 3 starts, 5 steps were done again" in table
+    assert "in 3 starts, 5 steps were repeated" in table
     assert [line.split() for line in table.splitlines() if line.endswith("preempted (SIGTERM)")] == [
         ["2", "2", "20", "25", "0", "22", "s", "17.0%", "preempted", "(SIGTERM)"]
     ]
