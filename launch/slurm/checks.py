@@ -31,7 +31,7 @@ def check_training(job: Submit, recipe: Recipe) -> Iterator[str]:
     if job.seconds <= recipe.preempt.preempt_margin:
         raise SubmitError(
             f"--time {job.time}: with --preempt-margin {recipe.preempt.preempt_margin:g} (seconds), training would "
-            "stop at its start; use a longer time"
+            "stop at its start; use a longer time, or a shorter --preempt-margin"
         )
     *_, (_, nodes, processes) = fits(recipe, job)
     device = torch.device("cuda" if job.gpus_per_node else "cpu")  # only its type is used

@@ -90,7 +90,7 @@ class Submit:
         if self.seconds <= self.warn_seconds:
             raise SubmitError(
                 f"--time {self.time}: with --warn-seconds {self.warn_seconds}, the job would be told to stop at its "
-                "start; use a longer time"
+                "start; use a longer time, or fewer --warn-seconds"
             )
 
     @property

@@ -104,7 +104,7 @@ def test_a_killed_rank_is_replaced_without_a_requeue(cluster: Cluster, tmp_path:
 @pytest.mark.slow
 def test_a_run_stops_before_its_time_limit_and_loses_no_batch(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     # SLURM's warning signal is one without effect, so that the run's own deadline stops it.
-    limit = ("--nodes", "1", "--time", "1", "--sbatch=--signal=B:URG@1")
+    limit = ("--nodes", "1", "--time", "1", "--warn-seconds", "1", "--sbatch=--signal=B:URG@1")
     options = ("--data", digits, "--zero", "0", "--stop-after", "80", "--preempt-margin", "15")
     job = start_job(cluster, tmp_path / "run", *limit, options=options, PACE="0.5")
     ended = job.end()

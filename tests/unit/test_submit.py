@@ -88,7 +88,11 @@ def test_container_options(container: str, srun: str, command: str, resume: str)
             ("--time", "nonsense"),
             "--time nonsense: expected a time as in sbatch, such as 24:00:00 or 2-12 (days-hours)",
         ),
-        (("--time", "3"), "--time 3: with --warn-seconds 180, the job would be told to stop at its start"),
+        (
+            ("--time", "3"),
+            "--time 3: with --warn-seconds 180, the job would be told to stop at its start; use a longer time, or "
+            "fewer --warn-seconds",
+        ),
         (("--time", "4", "--", "--preempt-margin", "240"), "--time 4: with --preempt-margin 240 (seconds), training"),
         (("--data", "set"), "--data: a training option; write training options after --"),
         (("--", "--nodes", "2"), "--nodes: an option of the job, not of training; write it before --"),
