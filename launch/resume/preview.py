@@ -28,12 +28,14 @@ def preview_resume(decision: ResumeDecision, feed: Feed, teacher: str | None) ->
     newest, skipped = checkpoints.newest() if decision.kind in ("newest", "never") else (None, [])
     if decision.kind == "newest":
         yield from (f"warning: {message}" for message in skipped)
-    local = decision.kind == "newest" and feed.recipe.checkpoint.local_checkpoint_every is not None
-    if local and checkpoints.newest_described() is not None:
-        yield "if the host of rank 0 has a newer local checkpoint, it is used instead; a dry run does not look for one"
-    if decision.kind == "newest" and newest is None and (branch := read_origins(out).branch) is not None:
-        yield "warning: all checkpoints are damaged"
-        decision = branch_again(branch)
+        if feed.recipe.checkpoint.local_checkpoint_every is not None and checkpoints.newest_described() is not None:
+            yield (
+                "if the host of rank 0 has a newer local checkpoint, it is used instead; a dry run does not look for "
+                "one"
+            )
+        if newest is None and (branch := read_origins(out).branch) is not None:
+            yield "warning: all checkpoints are damaged"
+            decision = branch_again(branch)
     if decision.kind in ("rewind", "branch"):
         found, warnings = decision.open()
         yield from warnings
